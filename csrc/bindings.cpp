@@ -1,0 +1,138 @@
+// fastapd._C: addresses and sizes in, the current instruction-set level chosen, the GIL released. No mathematics.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace fastapd;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// sample, offsets, component, sample_offsets, position
+using SelectionAddresses = std::array<Address, 5>;
+// n_instances, batch, n_components, rank, d_in, d_out, n_pairs
+using ForwardShape = std::array<int64_t, 7>;
+
+Selection selection_at(const SelectionAddresses& a) {
+  return {at<const int32_t>(a[0]), at<const int64_t>(a[1]), at<const int32_t>(a[2]), at<const int64_t>(a[3]),
+          at<const int32_t>(a[4])};
+}
+
+ForwardSizes sizes_of(const ForwardShape& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}; }
+
+#if FASTAPD_X86_LEVELS
+#define FASTAPD_AT_LEVEL(CALL)                         \
+  switch (current_level()) {                           \
+    case Level::kAvx512: return avx512::CALL;          \
+    case Level::kAvx2: return avx2::CALL;              \
+    default: return baseline::CALL;                    \
+  }
+#else
+#define FASTAPD_AT_LEVEL(CALL) return baseline::CALL;
+#endif
+
+template <class T>
+bool run_batch_topk(Address scores, const SelectionAddresses& out, int64_t n_instances, int64_t batch,
+                    int64_t n_components, int64_t n_pairs, int threads) {
+  const SelectionOut o = {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int32_t>(out[2]), at<int64_t>(out[3]),
+                          at<int32_t>(out[4])};
+  FASTAPD_AT_LEVEL(batch_topk<T>(at<const T>(scores), o, n_instances, batch, n_components, n_pairs, threads))
+}
+
+template <class T>
+void run_forward(Address x, Address At, Address B, const SelectionAddresses& s, Address u, Address y,
+                 const ForwardShape& n, int threads) {
+  FASTAPD_AT_LEVEL(component_forward_selected<T>(at<const T>(x), at<const T>(At), at<const T>(B), selection_at(s),
+                                                 at<T>(u), at<T>(y), sizes_of(n), threads))
+}
+
+template <class T>
+void run_backward(Address grad_y, Address x, Address At, Address B, Address u, const SelectionAddresses& s,
+                  Address grad_u, Address grad_x, Address grad_At, Address grad_B, const ForwardShape& n,
+                  int threads) {
+  FASTAPD_AT_LEVEL(component_forward_selected_backward<T>(
+      at<const T>(grad_y), at<const T>(x), at<const T>(At), at<const T>(B), at<const T>(u), selection_at(s),
+      at<T>(grad_u), at<T>(grad_x), at<T>(grad_At), at<T>(grad_B), sizes_of(n), threads))
+}
+
+// x, g, At, B, d_in, d_out, rank, g_batch
+using LayerArguments = std::array<int64_t, 8>;
+
+template <class T>
+bool run_attribution(const std::vector<AttributionLayer<T>>& layers, T* out, int64_t n_instances, int64_t batch,
+                     int64_t n_components, int64_t n_outputs, int threads) {
+  const int64_t n = static_cast<int64_t>(layers.size());
+  FASTAPD_AT_LEVEL(
+      attribution_reduce<T>(layers.data(), n, out, n_instances, batch, n_components, n_outputs, threads))
+}
+
+template <class T>
+void bind_ops(py::module_& m, const std::string& dtype) {
+  m.def(("batch_topk_" + dtype).c_str(),
+        [](Address scores, SelectionAddresses out, int64_t n_instances, int64_t batch, int64_t n_components,
+           int64_t n_pairs, int threads) {
+          bool ok;
+          {
+            py::gil_scoped_release release;
+            ok = run_batch_topk<T>(scores, out, n_instances, batch, n_components, n_pairs, threads);
+          }
+          if (!ok) throw std::bad_alloc();
+        });
+  m.def(("attribution_reduce_" + dtype).c_str(),
+        [](const std::vector<LayerArguments>& arguments, Address out, int64_t n_instances, int64_t batch,
+           int64_t n_components, int64_t n_outputs, int threads) {
+          std::vector<AttributionLayer<T>> layers;
+          for (const LayerArguments& a : arguments)
+            layers.push_back({at<const T>(static_cast<Address>(a[0])), at<const T>(static_cast<Address>(a[1])),
+                              at<const T>(static_cast<Address>(a[2])), at<const T>(static_cast<Address>(a[3])), a[4],
+                              a[5], a[6], a[7]});
+          bool ok;
+          {
+            py::gil_scoped_release release;
+            ok = run_attribution<T>(layers, at<T>(out), n_instances, batch, n_components, n_outputs, threads);
+          }
+          if (!ok) throw std::bad_alloc();
+        });
+  m.def(("component_forward_selected_" + dtype).c_str(), &run_forward<T>, py::call_guard<py::gil_scoped_release>());
+  m.def(("component_forward_selected_backward_" + dtype).c_str(), &run_backward<T>,
+        py::call_guard<py::gil_scoped_release>());
+}
+
+const std::vector<std::string> kLevelNames = {"baseline", "avx2", "avx512"};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fastapd; every function takes data addresses, sizes and a thread count.";
+  bind_ops<float>(m, "float32");
+  bind_ops<double>(m, "float64");
+  m.def("cpu_levels", [] {
+    const auto end = kLevelNames.begin() + 1 + static_cast<int>(best_level());
+    return std::vector<std::string>(kLevelNames.begin(), end);
+  });
+  m.def("cpu_level", [] { return kLevelNames[static_cast<size_t>(current_level())]; });
+  m.def("set_cpu_level", [](const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best_level()); ++i)
+      if (kLevelNames[static_cast<size_t>(i)] == name) return set_level(static_cast<Level>(i));
+    throw std::invalid_argument("set_cpu_level: name must be one of cpu_levels(), got " + name);
+  });
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

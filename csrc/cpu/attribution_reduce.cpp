@@ -1,0 +1,137 @@
+// a[b, c] = sum over outputs o of ( sum over layers l of <x_lb A_lc, g_lbo B_lc^T> )^2, samples in vector lanes.
+//
+// A thread owns a block of as many samples as a vector has lanes. It packs their inputs and gradients transposed, so
+// that one vector holds one entry of all of them; then for every component it forms u = x A_c, z = u B_c for all
+// layers, and T_o = z . g_o, with the factors' entries as broadcast scalars. T is squared and summed in registers and
+// written once. Accumulation is in T, layers are summed before the square, the result does not depend on threads.
+// No lane is wasted on short rows, which is what toy models have. Once the packed gradients of a block leave the L2
+// cache (n_outputs * sum d_out beyond some thousands) a GEMM per sample is better and the backend refuses.
+#include <cstdlib>
+
+#include "../ops.h"
+#include "simd.h"
+
+namespace fastapd {
+namespace FASTAPD_LEVEL {
+namespace {
+
+// packed[entry * lanes + lane] = source[lane * stride + entry] for n lanes; the others are zero.
+template <class T>
+inline void pack(const T* source, int64_t stride, int64_t entries, int64_t n, T* packed) {
+  for (int64_t e = 0; e < entries; ++e) {
+    T* row = packed + e * kLanes<T>;
+    for (int64_t lane = 0; lane < n; ++lane) row[lane] = source[lane * stride + e];
+    for (int64_t lane = n; lane < kLanes<T>; ++lane) row[lane] = 0;
+  }
+}
+
+// z[0 : d_out] = (x A_c) B_c of one layer for all lanes.
+template <class T>
+inline void component_output(const T* x, const T* At, const T* B, int64_t rank, int64_t d_in, int64_t d_out, T* z) {
+  for (int64_t o = 0; o < d_out; ++o) store(z + o * kLanes<T>, vec<T>{});
+  for (int64_t r = 0; r < rank; ++r) {
+    vec<T> u = {};
+    for (int64_t d = 0; d < d_in; ++d) u += At[r * d_in + d] * load(x + d * kLanes<T>);
+    for (int64_t o = 0; o < d_out; ++o) {
+      T* zo = z + o * kLanes<T>;
+      store(zo, load(zo) + u * B[r * d_out + o]);
+    }
+  }
+}
+
+// sum over N outputs of (z . g_o)^2, for all lanes.
+template <class T, int N>
+inline vec<T> squares(const T* z, const T* g, int64_t width) {
+  vec<T> t[N] = {};
+  for (int64_t d = 0; d < width; ++d) {
+    const vec<T> zd = load(z + d * kLanes<T>);
+    for (int o = 0; o < N; ++o) t[o] += zd * load(g + (o * width + d) * kLanes<T>);
+  }
+  vec<T> sum = {};
+  for (int o = 0; o < N; ++o) sum += t[o] * t[o];
+  return sum;
+}
+
+template <class T>
+void reduce_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t instance, int64_t first, int64_t n,
+                  int64_t batch, int64_t n_components, int64_t n_outputs, int64_t width, T* packed_x, T* packed_g,
+                  T* z, T* out) {
+  T* px = packed_x;
+  int64_t at = 0;  // where the layer's outputs start among the concatenated widths
+  for (int64_t l = 0; l < n_layers; ++l) {
+    const AttributionLayer<T>& layer = layers[l];
+    pack(layer.x + (instance * batch + first) * layer.d_in, layer.d_in, layer.d_in, n, px);
+    px += layer.d_in * kLanes<T>;
+    const int64_t per_sample = n_outputs * layer.d_out;
+    const bool shared = layer.g_batch == 1;
+    const T* g = layer.g + (instance * layer.g_batch + (shared ? 0 : first)) * per_sample;
+    for (int64_t o = 0; o < n_outputs; ++o)
+      pack(g + o * layer.d_out, shared ? 0 : per_sample, layer.d_out, n,
+           packed_g + (o * width + at) * kLanes<T>);
+    at += layer.d_out;
+  }
+  for (int64_t c = 0; c < n_components; ++c) {
+    px = packed_x;
+    T* pz = z;
+    for (int64_t l = 0; l < n_layers; ++l) {
+      const AttributionLayer<T>& layer = layers[l];
+      const int64_t component = (instance * n_components + c) * layer.rank;
+      component_output(px, layer.At + component * layer.d_in, layer.B + component * layer.d_out, layer.rank,
+                       layer.d_in, layer.d_out, pz);
+      px += layer.d_in * kLanes<T>;
+      pz += layer.d_out * kLanes<T>;
+    }
+    vec<T> total = {};
+    int64_t o = 0;
+    for (; o + 4 <= n_outputs; o += 4) total += squares<T, 4>(z, packed_g + o * width * kLanes<T>, width);
+    for (; o < n_outputs; ++o) total += squares<T, 1>(z, packed_g + o * width * kLanes<T>, width);
+    for (int64_t lane = 0; lane < n; ++lane)
+      out[(instance * batch + first + lane) * n_components + c] = total[lane];
+  }
+}
+
+}  // namespace
+
+template <class T>
+bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances,
+                        int64_t batch, int64_t n_components, int64_t n_outputs, int threads) {
+  int64_t width_in = 0, width = 0;
+  for (int64_t l = 0; l < n_layers; ++l) {
+    width_in += layers[l].d_in;
+    width += layers[l].d_out;
+  }
+  const int64_t blocks = (batch + kLanes<T> - 1) / kLanes<T>;
+  const size_t entries = static_cast<size_t>(width_in + (n_outputs + 1) * width + 1);
+  bool ok = true;
+  (void)threads;
+#ifdef _OPENMP
+  const bool parallel = n_instances * batch * n_components * n_outputs * width > 200000;
+#pragma omp parallel num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
+#endif
+  {
+    T* work = static_cast<T*>(std::malloc(entries * sizeof(T) * static_cast<size_t>(kLanes<T>)));
+    ok = work != nullptr;
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+    for (int64_t job = 0; job < n_instances * blocks; ++job) {
+      if (work == nullptr) continue;
+      const int64_t instance = job / blocks, first = job % blocks * kLanes<T>;
+      const int64_t n = batch - first < kLanes<T> ? batch - first : kLanes<T>;
+      T* packed_g = work + width_in * kLanes<T>;
+      T* z = packed_g + n_outputs * width * kLanes<T>;
+      reduce_block(layers, n_layers, instance, first, n, batch, n_components, n_outputs, width, work, packed_g, z,
+                   out);
+    }
+    std::free(work);
+  }
+  return ok;
+}
+
+template bool attribution_reduce<float>(const AttributionLayer<float>*, int64_t, float*, int64_t, int64_t, int64_t,
+                                        int64_t, int);
+template bool attribution_reduce<double>(const AttributionLayer<double>*, int64_t, double*, int64_t, int64_t, int64_t,
+                                         int64_t, int);
+
+}  // namespace FASTAPD_LEVEL
+}  // namespace fastapd

@@ -1,0 +1,151 @@
+// The n_pairs largest of batch * n_components scores of each instance, exactly, emitted as a grouped selection.
+//
+// Radix select: scores become unsigned keys whose order is the contract's (NaN largest, -0 = +0, denormals in order).
+// One pass counts the leading digit, the keys of the digit that holds the threshold are compacted, and the remaining
+// digits are resolved on those alone. One more pass emits every key above the threshold and the first of those equal
+// to it, in flat (sample-major) order; counts per component then give the component-major list by a stable scatter.
+// Work: two reads of the scores plus O(n_pairs). One thread owns one instance.
+#include <cstdlib>
+#include <cstring>
+
+#include "../ops.h"
+#include "simd.h"
+
+namespace fastapd {
+namespace FASTAPD_LEVEL {
+namespace {
+
+template <class T>
+struct Key;
+template <>
+struct Key<float> {
+  typedef uint32_t type;
+  static constexpr int kBits = 32;
+};
+template <>
+struct Key<double> {
+  typedef uint64_t type;
+  static constexpr int kBits = 64;
+};
+
+template <class T>
+inline typename Key<T>::type key_of(T score) {
+  typedef typename Key<T>::type U;
+  if (score != score) return ~U{0};
+  score += T{0};  // -0 becomes +0
+  U bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  const U sign = U{1} << (Key<T>::kBits - 1);
+  return bits & sign ? ~bits : bits | sign;
+}
+
+constexpr int kDigitBits = 11;
+constexpr int64_t kBuckets = int64_t{1} << kDigitBits;
+
+// Finds the bucket that holds the wanted-th largest; wanted becomes its rank inside that bucket.
+inline int64_t find_bucket(const int64_t* histogram, int64_t* wanted) {
+  int64_t bucket = kBuckets - 1;
+  while (histogram[bucket] < *wanted) *wanted -= histogram[bucket--];
+  return bucket;
+}
+
+// The wanted-th largest key, and in *ties how many keys equal to it belong to the selection.
+template <class T>
+bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type* result, int64_t* ties) {
+  typedef typename Key<T>::type U;
+  int64_t histogram[kBuckets];
+  std::memset(histogram, 0, sizeof histogram);
+  int shift = Key<T>::kBits - kDigitBits;
+  for (int64_t i = 0; i < n; ++i) ++histogram[key_of(scores[i]) >> shift];
+  U digit = static_cast<U>(find_bucket(histogram, &wanted));
+  int64_t n_left = histogram[digit];
+  U* left = static_cast<U*>(std::malloc(sizeof(U) * static_cast<size_t>(n_left)));
+  if (left == nullptr) return false;
+  int64_t filled = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const U key = key_of(scores[i]);
+    if (key >> shift == digit) left[filled++] = key;
+  }
+  U prefix = digit << shift;
+  while (shift > 0) {
+    const int width = shift < kDigitBits ? shift : kDigitBits;
+    shift -= width;
+    const U mask = (U{1} << width) - 1;
+    std::memset(histogram, 0, sizeof histogram);
+    for (int64_t i = 0; i < n_left; ++i) ++histogram[(left[i] >> shift) & mask];
+    digit = static_cast<U>(find_bucket(histogram, &wanted));
+    filled = 0;
+    for (int64_t i = 0; i < n_left; ++i)
+      if (((left[i] >> shift) & mask) == digit) left[filled++] = left[i];
+    n_left = filled;
+    prefix |= digit << shift;
+  }
+  std::free(left);
+  *result = prefix;
+  *ties = wanted;
+  return true;
+}
+
+template <class T>
+bool select_instance(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs) {
+  typedef typename Key<T>::type U;
+  std::memset(out.offsets, 0, sizeof(int64_t) * static_cast<size_t>(n_components + 1));
+  std::memset(out.sample_offsets, 0, sizeof(int64_t) * static_cast<size_t>(batch + 1));
+  if (n_pairs == 0) return true;
+  U limit;
+  int64_t ties;
+  if (!threshold(scores, batch * n_components, n_pairs, &limit, &ties)) return false;
+  int64_t* cursor = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * static_cast<size_t>(n_components)));
+  if (cursor == nullptr) return false;
+
+  int64_t emitted = 0;
+  for (int64_t s = 0; s < batch; ++s) {
+    const T* row = scores + s * n_components;
+    for (int64_t c = 0; c < n_components; ++c) {
+      const U key = key_of(row[c]);
+      if (key < limit) continue;
+      if (key == limit && ties-- <= 0) continue;
+      out.component[emitted++] = static_cast<int32_t>(c);
+      ++out.offsets[c + 1];
+    }
+    out.sample_offsets[s + 1] = emitted;
+  }
+  for (int64_t c = 0; c < n_components; ++c) {
+    cursor[c] = out.offsets[c];
+    out.offsets[c + 1] += out.offsets[c];
+  }
+  for (int64_t s = 0; s < batch; ++s)
+    for (int64_t j = out.sample_offsets[s]; j < out.sample_offsets[s + 1]; ++j) {
+      const int64_t place = cursor[out.component[j]]++;
+      out.sample[place] = static_cast<int32_t>(s);
+      out.position[j] = static_cast<int32_t>(place);
+    }
+  std::free(cursor);
+  return true;
+}
+
+}  // namespace
+
+template <class T>
+bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,
+                int64_t n_pairs, int threads) {
+  bool ok = true;
+  (void)threads;
+#ifdef _OPENMP
+  const bool parallel = n_instances > 1 && n_instances * batch * n_components > 200000;
+#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
+#endif
+  for (int64_t i = 0; i < n_instances; ++i) {
+    const SelectionOut at = {out.sample + i * n_pairs, out.offsets + i * (n_components + 1),
+                             out.component + i * n_pairs, out.sample_offsets + i * (batch + 1),
+                             out.position + i * n_pairs};
+    ok = select_instance(scores + i * batch * n_components, at, batch, n_components, n_pairs) && ok;
+  }
+  return ok;
+}
+
+template bool batch_topk<float>(const float*, SelectionOut, int64_t, int64_t, int64_t, int64_t, int);
+template bool batch_topk<double>(const double*, SelectionOut, int64_t, int64_t, int64_t, int64_t, int);
+
+}  // namespace FASTAPD_LEVEL
+}  // namespace fastapd

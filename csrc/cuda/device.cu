@@ -1,0 +1,65 @@
+#include "cuda/device.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+namespace fastapd::cuda {
+
+namespace {
+
+cudaError_t count_devices(int* count) {
+  *count = 0;
+  const cudaError_t status = cudaGetDeviceCount(count);
+  // CUDA remembers a failure until it is asked for; the next launch check of this thread would report ours.
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+}  // namespace
+
+void check(int status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+int device_count() {
+  int count = 0;
+  const cudaError_t status = count_devices(&count);
+  if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver || status == cudaErrorStubLibrary) return 0;
+  check(status, "device_count");
+  return count;
+}
+
+std::optional<std::string> unavailable_reason() {
+  int count = 0;
+  const cudaError_t status = count_devices(&count);
+  if (status == cudaSuccess && count > 0) return std::nullopt;
+  return cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status);
+}
+
+std::vector<Device> devices() {
+  std::vector<Device> found;
+  for (int i = 0, count = device_count(); i < count; ++i) {
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, i), "devices");
+    found.push_back({properties.name, properties.major, properties.minor, properties.totalGlobalMem,
+                     properties.multiProcessorCount});
+  }
+  return found;
+}
+
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "driver_version");
+  return version;
+}
+
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "runtime_version");
+  return version;
+}
+
+}  // namespace fastapd::cuda

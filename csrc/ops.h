@@ -1,0 +1,82 @@
+// Every native CPU signature of fastapd, with its shapes. No torch here: plain addresses and sizes.
+//
+// Axes: I instances, b batch, C components, m rank, K selected pairs per instance, d_in / d_out widths of a layer.
+// All arrays are dense and row-major; T is float or double. Factors arrive as At [I, C, m, d_in] and B [I, C, m, d_out].
+//
+// A selection lists K (sample, component) pairs twice:
+//   component-major  sample [I, K] int32, offsets [I, C+1] int64        sorted by component, then sample
+//   sample-major     component [I, K] int32, sample_offsets [I, b+1] int64, position [I, K] int32
+//                    sorted by sample, then component; position is the same pair's place in the component-major list
+// so that sums over samples and sums over components are both contiguous walks without atomics.
+#pragma once
+#include <cstdint>
+
+namespace fastapd {
+
+struct Selection {
+  const int32_t* sample;
+  const int64_t* offsets;
+  const int32_t* component;
+  const int64_t* sample_offsets;
+  const int32_t* position;
+};
+
+struct SelectionOut {
+  int32_t* sample;
+  int64_t* offsets;
+  int32_t* component;
+  int64_t* sample_offsets;
+  int32_t* position;
+};
+
+// One decomposed layer of attribution_reduce; rank, d_in and d_out may differ from layer to layer.
+template <class T>
+struct AttributionLayer {
+  const T* x;   // [I, b, d_in]
+  const T* g;   // [I, g_batch, n_outputs, d_out]; g_batch is b, or 1 when all samples share their gradients
+  const T* At;  // [I, C, rank, d_in]
+  const T* B;   // [I, C, rank, d_out]
+  int64_t d_in, d_out, rank, g_batch;
+};
+
+struct ForwardSizes {
+  int64_t n_instances, batch, n_components, rank, d_in, d_out, n_pairs;
+};
+
+// Each csrc/cpu/<op>.cpp is compiled once per instruction-set level, into a namespace of that name.
+#define FASTAPD_DECLARE_LEVEL(LEVEL)                                                                                   \
+  namespace LEVEL {                                                                                                    \
+  /* scores [I, b, C] -> the n_pairs largest of each instance; ties: lowest flat index; NaN largest; +-0 equal. */    \
+  /* Returns false when its workspace (at most b*C keys) cannot be allocated. */                                       \
+  template <class T>                                                                                                   \
+  bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,         \
+                  int64_t n_pairs, int threads);                                                                       \
+  /* out [I, b, C] = sum over outputs of (sum over layers of <x A_c, g B_c^T>)^2. */                                   \
+  /* Returns false when its workspace (lanes * (sum d_in + (n_outputs + 1) * sum d_out) values a thread) fails. */     \
+  template <class T>                                                                                                   \
+  bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances,            \
+                          int64_t batch, int64_t n_components, int64_t n_outputs, int threads);                        \
+  /* u [I, K, m] = x_s A_c and y [I, b, d_out] = sum over the pairs of a sample of u B_c. */                           \
+  template <class T>                                                                                                   \
+  void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y,                \
+                                  ForwardSizes sizes, int threads);                                                    \
+  /* grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null. */              \
+  template <class T>                                                                                                   \
+  void component_forward_selected_backward(const T* grad_y, const T* x, const T* At, const T* B, const T* u,           \
+                                           Selection selection, T* grad_u, T* grad_x, T* grad_At, T* grad_B,           \
+                                           ForwardSizes sizes, int threads);                                           \
+  }
+
+FASTAPD_DECLARE_LEVEL(baseline)
+#if FASTAPD_X86_LEVELS
+FASTAPD_DECLARE_LEVEL(avx2)
+FASTAPD_DECLARE_LEVEL(avx512)
+#endif
+
+// Instruction-set levels: what this build holds and this processor runs, best last; and the one in use.
+enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+Level best_level();
+Level current_level();
+void set_level(Level level);  // the caller has checked level <= best_level()
+
+}  // namespace fastapd

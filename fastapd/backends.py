@@ -1,0 +1,214 @@
+"""Who can run an op on these inputs, in which order, and why not.
+
+`choose` walks the op's row of `TABLE` and takes the first backend whose list of reasons to refuse is empty. A user may
+restrict the walk with `use_backend` or the environment variable `FASTAPD_BACKEND`; then a refusal is an error that
+lists every reason. A backend that does not exist for an op is absent from its row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastapd import _env, _native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""All backends, fastest first: CUDA C++, Triton, CPU C++, plain PyTorch."""
+
+TABLE: dict[str, dict[str, str]] = {
+    "component_sum": {
+        "triton": "fastapd.kernels.component_sum:component_sum",
+        "reference": "fastapd.reference.component_sum:component_sum",
+    },
+    "component_sum_loss": {
+        "reference": "fastapd.reference.component_sum:component_sum_loss",
+    },
+    "component_forward": {
+        "reference": "fastapd.reference.component_forward:component_forward",
+    },
+    "component_forward_selected": {
+        "cpu": "fastapd.ops._component_forward:cpu_forward_selected",
+        "reference": "fastapd.reference.component_forward:component_forward_selected",
+    },
+    "component_forward_selected_backward": {
+        "cpu": "fastapd.ops._component_forward:cpu_forward_selected_backward",
+        "reference": "fastapd.reference.component_forward:component_forward_selected_backward",
+    },
+    "attribution_reduce": {
+        "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce",
+        "reference": "fastapd.reference.attribution_reduce:attribution_reduce",
+    },
+    "batch_topk": {
+        "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
+        "reference": "fastapd.reference.batch_topk:batch_topk",
+    },
+    "sample_topk": {
+        "reference": "fastapd.reference.batch_topk:sample_topk",
+    },
+    "schatten_factored": {
+        "reference": "fastapd.reference.batched_svd:schatten_factored",
+    },
+    "schatten_factored_masked": {
+        "reference": "fastapd.reference.batched_svd:schatten_factored_masked",
+    },
+}
+
+LIMITS: dict[tuple[str, str], str] = {
+    ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
+}
+"""Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
+
+
+def _cuda_reasons(tensors: list[Tensor]) -> list[str]:
+    native = _native.load("_C_cuda")
+    if native.module is None:
+        return [native.reason]
+    return [f"the tensors are on {t.device}, not on a CUDA device" for t in tensors[:1] if t.device.type != "cuda"]
+
+
+def _cpu_reasons(tensors: list[Tensor]) -> list[str]:
+    native = _native.load("_C")
+    if native.module is None:
+        return [native.reason]
+    reasons = []
+    for t in tensors:
+        if t.device.type != "cpu":
+            reasons.append(f"the tensors are on {t.device}, not on the CPU")
+            break
+        if t.is_floating_point() and t.dtype not in (torch.float32, torch.float64):
+            reasons.append(f"the CPU kernels take float32 and float64, not {t.dtype}")
+            break
+    return reasons
+
+
+@functools.cache
+def _triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _triton_reasons(tensors: list[Tensor]) -> list[str]:
+    if missing := _triton_missing():
+        return [missing]
+    reasons = []
+    first = tensors[0]
+    # Triton's interpreter serves tests: it runs on CPU tensors when Triton is asked for by name, never by itself.
+    interprets = _env.triton_interprets() and "triton" in (forced_backends() or ())
+    if first.device.type != "cuda" and not (interprets and first.device.type == "cpu"):
+        reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
+    if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
+        reasons.append("the card's compute capability is below 8.0")
+    for t in tensors:
+        if t.is_floating_point() and t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            reasons.append(f"the Triton kernels take float32, float16 and bfloat16, not {t.dtype}")
+            break
+    return reasons
+
+
+_REASONS: dict[str, Callable[[list[Tensor]], list[str]]] = {
+    "cuda": _cuda_reasons,
+    "triton": _triton_reasons,
+    "cpu": _cpu_reasons,
+    "reference": lambda tensors: [],
+}
+
+
+@functools.cache
+def _load(path: str) -> Callable[..., Any]:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _reasons(op: str, backend: str, args: tuple[Any, ...], tensors: list[Tensor]) -> list[str]:
+    reasons = _REASONS[backend](tensors)
+    if not reasons and (op, backend) in LIMITS:
+        reasons = _load(LIMITS[op, backend])(*args)
+    return reasons
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found.extend(t for t in a if isinstance(t, Tensor))
+    return found
+
+
+def explain(op: str, *args: Any) -> dict[str, list[str]]:
+    """For each backend, fastest first, why it would refuse `op` on these arguments; an empty list means it would run.
+
+    A backend without an implementation says so. `choose` takes the first backend with an empty list.
+    """
+    if op not in TABLE:
+        raise ValueError(f"explain: op must be one of {', '.join(TABLE)}, got {op!r}")
+    tensors = _tensors(args)
+    missing = ["has no implementation of this op"]
+    return {b: _reasons(op, b, args, tensors) if b in TABLE[op] else missing for b in BACKENDS}
+
+
+_forced: tuple[str, ...] | None = None
+_environment_read = False
+
+
+class use_backend:
+    """Restricts every op to the named backends, in that order, until it is left or replaced.
+
+    Works as a statement, `fastapd.use_backend("cpu", "reference")`, and as a context manager that restores what was
+    set before. `use_backend("auto")` lifts the restriction. The setting is global to the process, as autograd runs
+    backward passes on threads of its own.
+
+    Args:
+        *names: One or more of "cuda", "triton", "cpu", "reference"; or "auto" alone.
+
+    Raises:
+        ValueError: If a name is unknown. The ops themselves raise NotImplementedError when every named backend refuses.
+    """
+
+    def __init__(self, *names: str) -> None:
+        global _forced
+        unknown = [n for n in names if n not in BACKENDS]
+        if not names or (unknown and names != ("auto",)):
+            raise ValueError(f"use_backend: names must be 'auto' or from {', '.join(BACKENDS)}, got {names!r}")
+        self._before = forced_backends()
+        _forced = None if names == ("auto",) else names
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced_backends() -> tuple[str, ...] | None:
+    """The backends that ops are restricted to, or None."""
+    global _forced, _environment_read
+    if not _environment_read:
+        _environment_read = True
+        _forced = _env.backend()
+    return _forced
+
+
+def choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that runs `op` on these arguments: the first backend with no reason to refuse.
+
+    Raises:
+        NotImplementedError: If every backend that may run refuses; the message lists each one's reasons.
+    """
+    row = TABLE[op]
+    forced = forced_backends()
+    tensors = _tensors(args)
+    for backend in row if forced is None else forced:
+        if backend in row and not _reasons(op, backend, args, tensors):
+            return _load(row[backend])
+    why_not = explain(op, *args)
+    reasons = "; ".join(f"{b}: {', '.join(why_not[b]) or 'not among the forced backends'}" for b in BACKENDS)
+    wanted = f" (forced to {', '.join(forced)})" if forced else ""
+    raise NotImplementedError(f"{op}: no backend can run on these inputs{wanted}: {reasons}")

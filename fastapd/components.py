@@ -1,0 +1,170 @@
+"""The factors A, B of every decomposed layer: shapes, initialisation, unit norm, views.
+
+`P_c,l = A_c,l B_c,l` with A [n_instances, n_components, d_in, rank] and B [n_instances, n_components, rank, d_out].
+Stored are `At` = A transposed, [.., rank, d_in], and B: then the sum is one GEMM without a copy, gathered rows are
+contiguous, and a tied layer (whose matrix is the transpose of another's) is the same two buffers with roles swapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastapd.ops import component_sum
+
+
+class LayerShape(NamedTuple):
+    """What a layer's components need to know of it."""
+
+    d_in: int
+    d_out: int
+    tied_to: str | None = None
+    """The earlier layer whose transpose this one's matrix is."""
+
+
+class Components(nn.Module):
+    """The trainable components of one target.
+
+    Args:
+        layers: Name and shape of every decomposed layer, in the order of the forward pass.
+        n_instances: Independent copies, trained together.
+        n_components: C, components of each instance; one component spans all layers.
+        rank: m; None for min(d_in, d_out) of the smallest layer's widest need, i.e. the largest min(d_in, d_out).
+        init_scale: Multiplies the initial standard deviation.
+        generator: The source of randomness; None for torch's default.
+        dtype, device: As everywhere in torch.
+
+    Raises:
+        ValueError: If a size is not positive, a tie does not fit or a layer is named twice.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerShape],
+        n_components: int,
+        rank: int | None = None,
+        n_instances: int = 1,
+        init_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("Components: layers must not be empty, got none")
+        rank = max(min(s.d_in, s.d_out) for s in layers.values()) if rank is None else rank
+        for name, value in (("n_components", n_components), ("rank", rank), ("n_instances", n_instances)):
+            if value < 1:
+                raise ValueError(f"Components: {name} must be at least 1, got {value}")
+        self.layers = dict(layers)
+        self.n_instances, self.n_components, self.rank = n_instances, n_components, rank
+        self.At = nn.ParameterDict()
+        self.B = nn.ParameterDict()
+        for name, layer in self.layers.items():
+            if layer.tied_to is not None:
+                self._check_tie(name, layer)
+                continue
+            for factors, width in ((self.At, layer.d_in), (self.B, layer.d_out)):
+                # The research code's Xavier rule on a 4-D tensor: the fans are (C, n) times everything behind them.
+                std = init_scale * math.sqrt(2 / ((n_components + n_instances) * width * rank))
+                shape = (n_instances, n_components, rank, width)
+                # Drawn on the generator's device, so that a seed means the same numbers wherever the run happens.
+                at = generator.device if generator is not None else device
+                values = torch.randn(shape, generator=generator, dtype=dtype, device=at) * std
+                factors[_key(name)] = nn.Parameter(values.to(device) if device is not None else values)
+
+    def _check_tie(self, name: str, layer: LayerShape) -> None:
+        owner = self.layers.get(layer.tied_to or "")
+        if owner is None or owner.tied_to is not None:
+            raise ValueError(f"Components: {name} must be tied to an untied layer, got {layer.tied_to!r}")
+        if (owner.d_in, owner.d_out) != (layer.d_out, layer.d_in):
+            raise ValueError(
+                f"Components: {name} [{layer.d_in}, {layer.d_out}] must be the transpose of {layer.tied_to} "
+                f"[{owner.d_in}, {owner.d_out}]"
+            )
+
+    @classmethod
+    def from_factors(
+        cls, factors: Mapping[str, tuple[Tensor, Tensor]], ties: Mapping[str, str] | None = None
+    ) -> Components:
+        """Components that are given, not initialised: A [I, C, d_in, m] and B [I, C, m, d_out] of each untied layer.
+
+        Args:
+            factors: The factors of the untied layers; copied.
+            ties: For each tied layer the one whose transpose it is.
+        """
+        layers = {name: LayerShape(A.shape[2], B.shape[3]) for name, (A, B) in factors.items()}
+        for name, owner in (ties or {}).items():
+            layers[name] = LayerShape(layers[owner].d_out, layers[owner].d_in, owner)
+        A, _ = next(iter(factors.values()))
+        new = cls(layers, A.shape[1], A.shape[3], A.shape[0], dtype=A.dtype, device=A.device)
+        with torch.no_grad():
+            for name, (A, B) in factors.items():
+                for own, given in ((new.At[_key(name)], A.mT), (new.B[_key(name)], B)):
+                    if own.shape != given.shape:
+                        raise ValueError(
+                            f"Components: factors of {name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}"
+                        )
+                    own.copy_(given)
+        return new
+
+    @property
+    def multiplicity(self) -> dict[str, int]:
+        """For each untied layer, how often its matrix is used: itself and the layers tied to it."""
+        uses = {name: 1 for name, layer in self.layers.items() if layer.tied_to is None}
+        for layer in self.layers.values():
+            if layer.tied_to is not None:
+                uses[layer.tied_to] += 1
+        return uses
+
+    def factors(self, name: str) -> tuple[Float[Tensor, "I C d_in m"], Float[Tensor, "I C m d_out"]]:
+        """(A, B) of a layer, as views."""
+        owner = self.layers[name].tied_to
+        if owner is None:
+            return self.At[_key(name)].mT, self.B[_key(name)]
+        return self.B[_key(owner)].mT, self.At[_key(owner)]
+
+    def weight(self, name: str) -> Float[Tensor, "I d_in d_out"]:
+        """The sum of a layer's components."""
+        return component_sum(*self.factors(name))
+
+    def parts(self, name: str) -> Float[Tensor, "I C d_in d_out"]:
+        """Every component's own matrix; C times the size of the layer, for analysis."""
+        A, B = self.factors(name)
+        return A @ B
+
+    @torch.no_grad()
+    def normalise_(self) -> None:
+        """Scales every column of A to unit length, over d_in; a zero column stays zero."""
+        for At in self.At.values():
+            norm = At.norm(dim=-1, keepdim=True)
+            At.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+
+    @torch.no_grad()
+    def tangent_gradients_(self) -> None:
+        """Removes from the gradient of A its part along each (unit) column: g - (g . a) a."""
+        for At in self.At.values():
+            if At.grad is not None:
+                At.grad.sub_((At.grad * At).sum(-1, keepdim=True) * At)
+
+    def export(self) -> dict[str, Tensor]:
+        """What a file holds: `<layer>.A` [I, C, d_in, m] and `<layer>.B` [I, C, m, d_out] of the untied layers."""
+        out = {}
+        for name in self.multiplicity:
+            A, B = self.factors(name)
+            out[f"{name}.A"], out[f"{name}.B"] = A.detach().contiguous(), B.detach().contiguous()
+        return out
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{n} [{s.d_in}, {s.d_out}]" + (" tied" if s.tied_to else "") for n, s in self.layers.items())
+        return f"n_instances={self.n_instances}, n_components={self.n_components}, rank={self.rank}, layers: {sizes}"
+
+
+def _key(name: str) -> str:
+    """A layer's name as a ParameterDict accepts it."""
+    return name.replace(".", "/")

@@ -1,0 +1,399 @@
+"""What a run is: the models of its configuration, a strict YAML reader, and error texts that name the key.
+
+Reading is stricter than `yaml.safe_load`, as a misread configuration costs a whole run: there `lr: 1e-3` is text, `no`
+is False, `1:30` is 90, the second of two equal keys wins, and a few hundred bytes of aliases fill the memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from fastapd._rundir import NAME
+
+__all__ = [
+    "APD", "ConfigError", "Optimiser", "ResidualMLPTarget", "RunConfig", "TMSTarget", "dump", "format_errors", "load",
+    "loads", "parse",
+]  # fmt: skip
+
+MAX_BYTES = 1 << 20  # of a configuration file
+MAX_DEPTH = 32  # of nested YAML nodes; a valid configuration has 3
+MAX_NODES = 10_000  # keys and values; reading a MiB of them would take ten seconds
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; one line a problem."""
+
+
+# ---- values: no text is a number, no boolean is a number, a whole float is an integer (`steps: 2e4`)
+
+
+def _to_int(value: Any) -> Any:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):  # numpy's integers too
+        return int(value)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value
+
+
+def _to_float(value: Any) -> Any:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond 1.8e308
+            return math.inf
+    return value
+
+
+def _house(condition: str, got: Any, key: str = "") -> PydanticCustomError:
+    """An error for `_describe`; `key` names the key at fault where it is not the validated one."""
+    return PydanticCustomError("house", "must {condition}", {"condition": condition, "got": got, "key": key})
+
+
+_Int = Annotated[int, BeforeValidator(_to_int), Strict()]
+_Float = Annotated[float, BeforeValidator(_to_float), Strict(), Field(allow_inf_nan=False)]
+_Count = Annotated[_Int, Field(ge=1, lt=2**31)]
+_Positive = Annotated[_Float, Field(gt=0)]
+_Coefficient = Annotated[_Float, Field(ge=0)]
+_Name = Annotated[str, Strict(), Field(pattern=NAME)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, revalidate_instances="always")
+
+    def __init__(self, **values: Any) -> None:
+        """Raises ConfigError, also where tyro builds a section. Sections in a mapping do not pass through here."""
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as exc:
+            raise ConfigError(format_errors(exc)) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic's mark for the sentence above
+
+
+class APD(_Model):
+    """The method: how components are selected and what the loss is made of. A term of coefficient 0 is not computed."""
+
+    topk: _Coefficient = Field(description="active components per sample, on average over the batch (>= 0)")
+    selection: Literal["batch", "sample"] = Field("batch", description="take the largest of a batch, or of each sample")
+    attribution: Literal["gradient", "activation"] = Field("gradient", description="measure of a component's effect")
+    faithfulness: _Coefficient = Field(1.0, description="coefficient: components sum to the target weights")
+    minimality: _Coefficient = Field(1.0, description="coefficient: the active components reproduce the output")
+    simplicity: _Coefficient = Field(1.0, description="coefficient: the active components have low rank")
+    p: _Positive = Field(0.9, description="exponent of the Schatten norm in the simplicity term (> 0)")
+    output_reconstruction: _Coefficient = Field(0.0, description="coefficient: all components reproduce the output")
+    activation_reconstruction: _Coefficient = Field(0.0, description="coefficient: active ones reproduce hidden layers")
+    unit_norm: bool = Field(False, strict=True, description="keep every factor A of unit norm")
+    eps: _Positive = Field(1e-16, description="added to squared singular values before the power p/2 (> 0)")
+
+    @pydantic.field_validator("selection")
+    @classmethod
+    def _whole_topk(cls, selection: str, info: ValidationInfo) -> str:
+        topk = info.data.get("topk", 0.0)
+        if selection == "sample" and not topk.is_integer():
+            raise _house("be a whole number when selection is 'sample'", topk, key="topk")
+        return selection
+
+
+class Optimiser(_Model):
+    """The learning rate and its schedule."""
+
+    lr: _Positive = Field(description="learning rate after warm-up (> 0)")
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = Field("constant", description="after warm-up")
+    warmup: Annotated[_Float, Field(ge=0, lt=1)] = Field(0.0, description="fraction of the steps spent rising to lr")
+    halflife: _Positive | None = Field(None, description="steps in which lr halves; only for the exponential schedule")
+
+    @pydantic.field_validator("halflife")
+    @classmethod
+    def _halflife_if_exponential(cls, halflife: float | None, info: ValidationInfo) -> float | None:
+        schedule = info.data.get("schedule")
+        if schedule == "exponential" and halflife is None:
+            raise _house("be given when schedule is 'exponential'", None)
+        if schedule not in ("exponential", None) and halflife is not None:
+            raise _house(f"be left out when schedule is {schedule!r}", halflife)
+        return halflife
+
+
+class _Target(_Model):
+    family: str = Field("", description="which kind of target this is")
+    n_features: _Count = Field(description="number of input features")
+    feature_probability: Annotated[_Float, Field(gt=0, le=1)] = Field(description="chance that a feature is active")
+    steps: _Count = Field(description="training steps of the target")
+    batch: _Count = Field(description="samples per training step of the target")
+    lr: _Positive = Field(description="learning rate of the target's training (> 0)")
+
+
+class TMSTarget(_Target):
+    """The toy model of superposition that is decomposed, and its training."""
+
+    family: Literal["tms"] = Field("tms", description="which kind of target this is")
+    n_hidden: _Count = Field(description="number of hidden dimensions")
+
+
+class ResidualMLPTarget(_Target):
+    """The residual MLP that is decomposed, and its training."""
+
+    family: Literal["residual_mlp"] = Field("residual_mlp", description="which kind of target this is")
+    d_embed: _Count = Field(description="width of the residual stream")
+    d_mlp: _Count = Field(description="neurons per layer")
+    n_layers: _Count = Field(description="number of MLP layers")
+    act: Literal["relu", "gelu"] = Field("relu", description="activation function")
+
+
+class RunConfig(_Model):
+    """Everything that determines a run: the target, the method and its training."""
+
+    experiment: _Name = Field(description="name of the experiment, and of its run directory unless one is given")
+    seed: Annotated[_Int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random number in the run")
+    n_instances: _Count = Field(1, description="independent targets decomposed side by side")
+    n_components: _Count = Field(description="components per instance (C)")
+    rank: _Count | None = Field(None, description="largest rank of a component (m); none: full rank")
+    steps: _Count = Field(description="optimisation steps")
+    batch: _Count = Field(description="samples per step and instance")
+    init_scale: _Positive = Field(1.0, description="scale of the initial components (> 0)")
+    optimiser: Optimiser = Field(description="the learning rate and its schedule")
+    method: APD = Field(description="how components are selected and what the loss is made of")
+    target: TMSTarget | ResidualMLPTarget = Field(discriminator="family", description="the network to decompose")
+    log_every: _Count = Field(100, description="steps between two rows of metrics")
+    eval_batch: _Count = Field(4096, description="samples in an evaluation")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto: a GPU if there is one")
+    dtype: Literal["float32", "float64"] = Field("float32", description="floating-point type of the run")
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _topk_fits(cls, method: APD, info: ValidationInfo) -> APD:
+        n_components = info.data.get("n_components", math.inf)
+        if method.topk > n_components:
+            raise _house(f"be <= n_components = {n_components}", method.topk, key="method.topk")
+        return method
+
+
+# ---- errors in the house's words
+
+_SECTIONS: dict[str, type[BaseModel]] = {"optimiser": Optimiser, "method": APD}
+_TARGETS: dict[str, type[BaseModel]] = {"tms": TMSTarget, "residual_mlp": ResidualMLPTarget}
+_LIMITS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+_PLAIN_TAGS = {"float_type": ("int", "float"), "int_type": ("int",), "bool_type": ("bool",)}  # see _PLAIN
+_NEEDS = {
+    "finite_number": "be a finite number", "float_type": "be a number", "int_type": "be a whole number",
+    "string_type": "be text", "bool_type": "be true or false", "invalid_key": "be text, as every key",
+    "model_type": "be a mapping", "model_attributes_type": "be a mapping", "frozen_instance": "not be assigned to",
+    "string_pattern_mismatch": "be 1 to 100 letters, digits or . _ -, starting with a letter or digit",
+}  # fmt: skip
+
+
+def _show(value: Any) -> str:
+    """`value` for a message, short whatever it is (repr of 10**5000 raises, of a deep list exhausts the stack)."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping | list | tuple | BaseModel):
+        return "a mapping" if isinstance(value, Mapping) else f"{type(value).__name__}(...)"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
+
+
+def _locate(title: str, loc: tuple[Any, ...]) -> tuple[list[Any], type[BaseModel]]:
+    """Where an error of the model named `title` lies: the keys on the way to it, and the model that holds the last."""
+    for name, cls in (_SECTIONS | _TARGETS).items():
+        if title == cls.__name__:  # a section validated alone is still named by its place
+            return ["target" if name in _TARGETS else name, *loc], cls
+    if len(loc) > 1 and loc[0] == "target":  # pydantic has the union's member between the keys; a file does not
+        return ["target", *loc[2:]], _TARGETS.get(loc[1], RunConfig)
+    return list(loc), _SECTIONS.get(loc[0], RunConfig) if len(loc) > 1 else RunConfig
+
+
+def _suggest(key: str, model: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(key[:100], model.model_fields, n=1)
+    if not close:  # a known key at the wrong place
+        close = [key] if key in RunConfig.model_fields else []
+        close += [f"{name}.{key}" for name, section in _SECTIONS.items() if key in section.model_fields]
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(model.model_fields)}"
+
+
+def _describe(title: str, error: Mapping[str, Any]) -> str:
+    """One line for one pydantic error."""
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    keys, model = _locate(title, error["loc"])
+    last, hint = (keys or [""])[-1], ""
+    if kind == "missing":
+        needs, got = "be given", None
+    elif kind in ("union_tag_not_found", "union_tag_invalid"):
+        keys.append("family")
+        needs, got = f"be {' or '.join(map(repr, _TARGETS))}", got.get("family") if isinstance(got, Mapping) else None
+    elif kind == "literal_error":
+        needs = "be " + " or ".join(map(repr, get_args(model.model_fields[last].annotation)))
+    elif kind in _LIMITS:
+        needs = f"be {_LIMITS[kind]} {next(iter(context.values()))}"
+    elif kind == "house":
+        keys = [*keys[:-1], *context["key"].split(".")] if context["key"] else keys
+        needs, got = context["condition"], context["got"]
+    else:
+        needs = _NEEDS.get(kind) or f"be valid ({error['msg']})"
+        if isinstance(got, str) and any(_PLAIN[tag].match(got) for tag in _PLAIN_TAGS.get(kind, ())):
+            hint = "; write it without quotes"
+    # a key that is no word is quoted: it may hold dots or line ends
+    path = ".".join(key if isinstance(key, str) and key.isidentifier() else _show(key) for key in keys)
+    if kind == "extra_forbidden":
+        return f"config: {path} is not a known key; {_suggest(last, model)}"
+    return f"config: {path or 'the configuration'} must {needs}, got {_show(got)}{hint}"
+
+
+def format_errors(exc: pydantic.ValidationError) -> str:
+    """The problems in `exc`, one line each, in the form `config: <dotted.key> must <condition>, got <value>`.
+
+    Args:
+        exc: what validating one of this module's models raised. Errors of a section validated alone
+            (`APD.model_validate`) are named by the section's place in a file (`method.topk`).
+    """
+    return "\n".join(_describe(exc.title, error) for error in exc.errors(include_url=False))
+
+
+# ---- YAML
+
+_PLAIN = {  # what a plain scalar is: the YAML 1.2 core schema in decimal, and `_` between digits
+    "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
+    "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"[-+]?[0-9](?:_?[0-9])*\Z"),
+    "float": re.compile(
+        r"(?:[-+]?(?:\.[0-9]+|[0-9](?:_?[0-9])*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+_TAG = "tag:yaml.org,2002:"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain mappings, lists and scalars; no aliases, anchors, merge keys, tags or repeated keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
+        self.source, self.depth, self.nodes = source, 0, 0
+
+    def refuse(self, mark: yaml.Mark, condition: str, got: str) -> NoReturn:
+        raise ConfigError(f"config: {self.source} line {mark.line + 1} must {condition}, got {got}")
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if event.anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            self.refuse(event.start_mark, "not use anchors and aliases", f"{sign}{event.anchor}")
+        if event.tag is not None:
+            self.refuse(event.start_mark, "not use tags", _show(event.tag))
+        if self.depth == MAX_DEPTH or self.nodes == MAX_NODES:
+            self.refuse(event.start_mark, f"stay within {MAX_DEPTH} levels and {MAX_NODES} keys and values", "one more")
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag != f"{_TAG}str":
+                got = _show(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                self.refuse(key.start_mark, "have text as its key", got)
+            if key.value == "<<" and key.style is None:
+                self.refuse(key.start_mark, "not use merge keys", "'<<'")
+            if key.value in first:
+                self.refuse(key.start_mark, f"not repeat the key of line {first[key.value]}", _show(key.value))
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.replace("_", "").lower()
+        if len(text) > 400:  # no number of a configuration; Python raises on thousands of digits
+            self.refuse(node.start_mark, "hold a number of at most 400 digits", f"one of {len(text)}")
+        return int(text) if node.tag == f"{_TAG}int" else float(re.sub(r"\.(?=[in])", "", text))  # .inf, .nan
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that this reader or one for YAML 1.1 would take for something else."""
+
+
+for _name, _pattern in _PLAIN.items():
+    _StrictLoader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, None)
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _pattern, None)
+for _name in ("int", "float"):
+    _StrictLoader.add_constructor(f"{_TAG}{_name}", _StrictLoader.construct_number)
+
+
+def loads(text: str, source: str = "<string>") -> dict[str, Any]:
+    """Read a YAML text strictly; the result is not yet validated (`parse` does that).
+
+    Numbers are those of YAML 1.2: `1e-3`, `7e-1`, `.5` and `3E-2` are floats, `20_000` is an integer, `010` is ten.
+    Only `true` and `false` (or `True`, `TRUE`, ...) are booleans; `no`, `on`, `1:30` and dates stay text. A quoted
+    number is text, and `parse` refuses it for a number's key with the hint to drop the quotes.
+
+    Args:
+        text: at most 1 MiB in UTF-8.
+        source: what to call the text in messages.
+
+    Raises:
+        ConfigError: not YAML; an alias, anchor, tag, merge key, repeated key, key that is not text, second document,
+            too deep or too long a text; or a top level that is not a mapping.
+    """
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise ConfigError(f"config: {source} must have at most {MAX_BYTES} bytes, got more")
+    try:
+        data = _StrictLoader(text, source).get_single_data()
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f"{source} line {mark.line + 1}" if mark else source
+        got = ", ".join(filter(None, (getattr(exc, name, None) for name in ("context", "problem", "reason"))))
+        raise ConfigError(f"config: {where} must be YAML, got: {got}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config: {source} must hold a mapping, got {_show(data)}")
+    return data
+
+
+def load(path: str | Path) -> RunConfig:
+    """Read and validate a YAML file (see `loads` and `parse`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: the file cannot be read as a configuration; every problem is listed, with the file's name.
+    """
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(f"config: {path} must be a file, got {'a directory' if path.is_dir() else 'nothing'}")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)  # never more, whatever the file is
+    try:
+        text = data.decode("utf-8-sig", "strict" if len(data) <= MAX_BYTES else "replace")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"config: {path} must be UTF-8, got {exc.reason} at byte {exc.start}") from None
+    return parse(loads(text, source=str(path)), source=str(path))
+
+
+def parse(mapping_or_config: Mapping[str, Any] | RunConfig, source: str = "<mapping>") -> RunConfig:
+    """Validate a mapping, or validate a configuration again (`model_copy(update=...)` does not).
+
+    Args:
+        mapping_or_config: keys as in a file; sections are mappings or this module's models.
+        source: a file's name, for the last line of the message; names that start with `<` are left out.
+
+    Raises:
+        ConfigError: every problem, one line each (see `format_errors`).
+    """
+    try:
+        return RunConfig.model_validate(mapping_or_config)
+    except pydantic.ValidationError as exc:
+        origin = "" if source.startswith("<") else f"\nconfig: read from {source}"
+        raise ConfigError(f"{format_errors(exc)}{origin}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML that `load` reads back to an equal one; every key is written."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)

@@ -1,0 +1,81 @@
+"""The result: a target with its components, however they were made; run it, look at it, save it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastapd.model import ComponentModel, Record
+from fastapd.ops import Selection
+
+if TYPE_CHECKING:
+    from fastapd._rundir import RunDirectory
+    from fastapd.config import APD
+
+
+class Decomposition:
+    """A target, its components and the method that selects among them.
+
+    Args:
+        model: The target with its components.
+        method: How components are attributed and selected.
+
+    Attributes:
+        history: The rows of metrics of the run that made it, oldest first; empty if none did.
+    """
+
+    def __init__(self, model: ComponentModel, method: APD) -> None:
+        self.model, self.method = model, method
+        self.history: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, active: Sequence[int] | Selection | Tensor | None = None) -> Tensor:
+        """The target's output when it runs on component sums.
+
+        Args:
+            x: The target's input.
+            active: Indices of the components that are on for every sample; or a `Selection`; or a mask
+                [n_instances, batch, C]; None for all.
+        """
+        components = self.model.components
+        if isinstance(active, Selection) or active is None or isinstance(active, Tensor):
+            return self.model.forward(x, active).output
+        wrong = [c for c in active if not 0 <= c < components.n_components]
+        if wrong:
+            raise ValueError(f"Decomposition: active must be in [0, {components.n_components}), got {wrong}")
+        site = self.model.sites[0]
+        rows = site.weight.new_zeros(components.n_instances, 1, components.n_components)
+        rows[:, :, list(active)] = 1.0
+        # One row of the mask an instance, seen by every sample of the batch.
+        batch = x.shape[-2] if site.adapter.instances else x.numel() // x.shape[-1]
+        return self.model.forward(x, rows.expand(-1, batch, -1)).output
+
+    def parts(self, layer: str) -> Float[Tensor, "I C d_in d_out"]:
+        """Each component's own matrix in a layer, detached."""
+        return self.model.components.parts(layer).detach()
+
+    @torch.no_grad()
+    def select(self, x: Tensor) -> tuple[Float[Tensor, "I b C"], Selection, Record]:
+        """Attributions of a batch, the selection the method makes from them, and the masked forward."""
+        from fastapd.training import evaluate
+
+        step = evaluate(self.model, self.method, x)
+        return step.attributions, step.selection, self.model.forward(x, step.selection)
+
+    def save(self, run: RunDirectory) -> None:
+        """Writes `components.safetensors` and `target.safetensors` into a run directory."""
+        ties = {name: layer.tied_to for name, layer in self.model.components.layers.items() if layer.tied_to}
+        run.save_tensors(
+            "components.safetensors",
+            self.model.components.export(),
+            {"format": "fastapd-components-1", "ties": ",".join(f"{a}={b}" for a, b in ties.items())},
+        )
+        state = {name: t.detach() for name, t in self.model.target.state_dict().items()}
+        run.save_tensors("target.safetensors", state, {"format": "fastapd-target-1"})
+
+    def __repr__(self) -> str:
+        return f"Decomposition({self.model.components.extra_repr()})"

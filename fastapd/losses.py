@@ -1,0 +1,89 @@
+"""The terms of the training loss: pure functions of tensors, one value for each instance, not yet weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastapd.components import Components
+from fastapd.ops import Selection, component_sum_loss, schatten_factored
+
+
+def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params: int) -> Float[Tensor, " I"]:
+    """How far the components are from summing to the target's weights.
+
+    L = sum_l ‖sum_c P_c,l − W_l‖² / n_params
+
+    Args:
+        components: The components.
+        weights: The target's matrices [n_instances, d_in, d_out] by layer name.
+        n_params: Entries of all decomposed matrices of one instance; tied ones count as often as they are used.
+
+    Source: Braun et al. 2025, section 2; `calc_param_match_loss` of ApolloResearch/apd.
+    """
+    terms = [
+        uses * component_sum_loss(*components.factors(name), weights[name])[0]
+        for name, uses in components.multiplicity.items()
+    ]
+    return torch.stack(terms).sum(0) / n_params
+
+
+def reconstruction(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
+    """Mean squared error over samples and outputs: mean_bo (f − f*)².
+
+    Args:
+        output, target_output: [n_instances, batch, n_outputs], or any shape without the instance axis.
+    """
+    error = (output - target_output.detach()).square()
+    return error.mean((-2, -1)) if error.dim() == 3 else error.mean().reshape(1)
+
+
+def activation_reconstruction(
+    outputs: Mapping[str, Tensor],
+    target_outputs: Mapping[str, Tensor],
+    activations: Mapping[str, Callable[[Tensor], Tensor]],
+) -> Float[Tensor, " I"]:
+    """Error of hidden activations: mean_b [ sum_l ‖h_l − h*_l‖² / sum_l d_l ].
+
+    Args:
+        outputs, target_outputs: Site outputs [n_instances, batch, d_out], before the bias.
+        activations: For each site to compare, what is applied to its output first.
+
+    Source: `calc_act_recon` of ApolloResearch/apd.
+    """
+    total: Tensor | None = None
+    width = 0
+    for name, act in activations.items():
+        error = (act(target_outputs[name].detach()) - act(outputs[name])).square().sum(-1)  # [I, b]
+        total = error if total is None else total + error
+        width += outputs[name].shape[-1]
+    if total is None:
+        raise ValueError("activation_reconstruction: activations must name at least one site, got none")
+    return total.mean(-1) / width
+
+
+def simplicity(components: Components, selection: Selection, p: float, eps: float, n_params: int) -> Float[Tensor, " I"]:
+    """How much rank the selected components carry, by the factored Schatten sum.
+
+    L = 1/(n_params batch) sum_l [ sum_c n_c sum_i (‖a_i‖²‖b_i‖² + eps)^{p/2} + (batch − n_c) m eps^{p/2} ]
+
+    Args:
+        components: The components.
+        selection: Which components each sample uses.
+        p: The exponent of the quasi-norm.
+        eps: Inside the power.
+        n_params: As for `faithfulness`.
+
+    Source: Braun et al. 2025, appendix (practical loss); `calc_schatten_loss` of ApolloResearch/apd.
+    """
+    counts, batch = selection.counts, selection.batch
+    if batch == 0:
+        return counts.new_zeros(counts.shape[0], dtype=torch.get_default_dtype())
+    terms = [
+        uses * schatten_factored(*components.factors(name), counts, p, eps, batch)
+        for name, uses in components.multiplicity.items()
+    ]
+    return torch.stack(terms).sum(0) / (n_params * batch)

@@ -1,0 +1,229 @@
+"""Runs any target with its decomposed layers replaced by masked component sums, and records what passes through them.
+
+A *site* is a module of the target that multiplies by a matrix. `find_sites` matches modules by name; what a module type
+needs to become a site is one row of `_ADAPTERS`: its matrix in y = x W orientation, its bias, and whether its inputs
+already carry the instance axis. Everything else of the target runs as it is, so this is the seam for any `nn.Module`.
+The target is never modified: a site's `forward` is shadowed for the length of one call. Not for several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastapd.components import Components, LayerShape
+from fastapd.ops import Selection, component_forward, component_forward_selected
+
+
+class Linear(nn.Module):
+    """y = x W for n_instances independent matrices W [n_instances, d_in, d_out], x [n_instances, batch, d_in]."""
+
+    def __init__(self, n_instances: int, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_instances, d_in, d_out))
+
+    def forward(self, x: Float[Tensor, "I b d_in"]) -> Float[Tensor, "I b d_out"]:
+        return x @ self.weight
+
+
+class TransposedLinear(nn.Module):
+    """y = x W^T with the matrix of another `Linear`: the tied decoder of a toy model of superposition."""
+
+    def __init__(self, owner: Linear) -> None:
+        super().__init__()
+        self._owner = [owner]  # in a list, so that the matrix is not registered twice
+
+    @property
+    def owner(self) -> Linear:
+        return self._owner[0]
+
+    def forward(self, x: Float[Tensor, "I b d_out"]) -> Float[Tensor, "I b d_in"]:
+        return x @ self.owner.weight.mT
+
+
+class _Adapter(NamedTuple):
+    weight: Callable[[nn.Module], Tensor]
+    """The matrix as [n_instances, d_in, d_out]."""
+    bias: Callable[[nn.Module], Tensor | None]
+    instances: bool
+    """Whether inputs arrive as [n_instances, batch, d_in]; otherwise as [.., d_in], every row a sample."""
+
+
+_ADAPTERS: dict[type[nn.Module], _Adapter] = {
+    Linear: _Adapter(lambda m: m.weight, lambda m: None, True),
+    TransposedLinear: _Adapter(lambda m: m.owner.weight.mT, lambda m: None, True),
+    nn.Linear: _Adapter(lambda m: m.weight.mT.unsqueeze(0), lambda m: m.bias, False),
+}
+
+
+class Site(NamedTuple):
+    """A decomposed layer of the target."""
+
+    name: str
+    module: nn.Module
+    adapter: _Adapter
+    tied_to: str | None
+
+    @property
+    def weight(self) -> Float[Tensor, "I d_in d_out"]:
+        """The target's matrix, detached, in y = x W orientation."""
+        return self.adapter.weight(self.module).detach()
+
+    @property
+    def shape(self) -> LayerShape:
+        _, d_in, d_out = self.weight.shape
+        return LayerShape(d_in, d_out, self.tied_to)
+
+    def to_instances(self, x: Tensor) -> Float[Tensor, "I b d"]:
+        return x if self.adapter.instances else x.reshape(1, -1, x.shape[-1])
+
+    def from_instances(self, y: Float[Tensor, "I b d_out"], x: Tensor) -> Tensor:
+        """The layer's output as the target expects it for input x, bias added."""
+        bias = self.adapter.bias(self.module)
+        y = y if bias is None else y + bias.detach()
+        return y if self.adapter.instances else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def find_sites(target: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    """The modules of `target` whose names match a pattern, as sites in the target's order.
+
+    Args:
+        target: Any module.
+        patterns: fnmatch patterns over `named_modules`, e.g. ["linear1", "layers.*.mlp_in"].
+
+    Raises:
+        ValueError: If a pattern matches nothing, with the names there are.
+        TypeError: If a matched module is not of a type that can be decomposed.
+    """
+    modules = {name: module for name, module in target.named_modules() if name}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(modules, pattern)
+        if not matched:
+            raise ValueError(f"find_sites: pattern {pattern!r} must match a module, the target has {', '.join(modules)}")
+        chosen.update(matched)
+    sites = []
+    owners: dict[int, str] = {}
+    for name in (n for n in modules if n in chosen):
+        module = modules[name]
+        adapter = _ADAPTERS.get(type(module))
+        if adapter is None:
+            known = ", ".join(t.__module__.split(".")[0] + "." + t.__name__ for t in _ADAPTERS)
+            raise TypeError(f"find_sites: {name} must be one of {known}, got {type(module).__name__}")
+        tied_to = owners.get(id(module.owner)) if isinstance(module, TransposedLinear) else None
+        owners[id(module)] = name
+        sites.append(Site(name, module, adapter, tied_to))
+    if len({s.weight.shape[0] for s in sites}) > 1:
+        raise ValueError("find_sites: all sites must have the same n_instances")
+    return sites
+
+
+@contextlib.contextmanager
+def _replaced(sites: Sequence[Site], layer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+    """For the length of a with block, each site computes `layer(site, x)`."""
+    try:
+        for site in sites:
+            site.module.__dict__["forward"] = lambda x, site=site: layer(site, x)
+        yield
+    finally:
+        for site in sites:
+            site.module.__dict__.pop("forward", None)
+
+
+class Record(NamedTuple):
+    """What passed through the sites: the target's output, and each site's inputs and outputs before the bias."""
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class ComponentModel:
+    """A target together with components for some of its layers.
+
+    Args:
+        target: Any module; run in evaluation mode by the caller if that matters.
+        sites: From `find_sites(target, ...)`.
+        components: Their components.
+
+    Raises:
+        ValueError: If the components do not fit the sites.
+    """
+
+    def __init__(self, target: nn.Module, sites: Sequence[Site], components: Components) -> None:
+        for site in sites:
+            if components.layers.get(site.name) != site.shape or components.n_instances != site.weight.shape[0]:
+                raise ValueError(
+                    f"ComponentModel: components must have a layer {site.name} {tuple(site.weight.shape)} "
+                    f"[n_instances, d_in, d_out], got {components.extra_repr()}"
+                )
+        self.target, self.sites, self.components = target, list(sites), components
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The target's matrices, detached, [n_instances, d_in, d_out]."""
+        return {site.name: site.weight for site in self.sites}
+
+    @property
+    def n_params(self) -> int:
+        """Decomposed parameters of one instance; a tied matrix counts as often as it is used."""
+        return sum(math.prod(site.weight.shape[1:]) for site in self.sites)
+
+    def forward(self, x: Tensor, active: Selection | Tensor | None = None) -> Record:
+        """Runs the target on component sums.
+
+        Args:
+            x: The target's input.
+            active: Which components run: a `Selection`, a mask [n_instances, batch, C] of any weights, or None for all.
+
+        Returns:
+            The output and what passed through the sites, differentiable in the components.
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def layer(site: Site, x: Tensor) -> Tensor:
+            A, B = self.components.factors(site.name)
+            rows = site.to_instances(x)
+            if isinstance(active, Selection):
+                y = component_forward_selected(rows, A, B, active)
+            elif active is None:
+                y = rows @ self.components.weight(site.name)
+            else:
+                y = component_forward(rows, A, B, active)
+            inputs[site.name], outputs[site.name] = rows, y
+            return site.from_instances(y, x)
+
+        with _replaced(self.sites, layer):
+            output = self.target(x)
+        return Record(output, inputs, outputs)
+
+    def record_target(self, x: Tensor, differentiable: bool = False) -> Record:
+        """Runs the target itself and records its sites.
+
+        Args:
+            x: The target's input.
+            differentiable: Whether the output can be differentiated by the recorded site outputs. Parameters of the
+                target never receive gradients.
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def layer(site: Site, x: Tensor) -> Tensor:
+            rows = site.to_instances(x)
+            y = rows @ site.weight
+            if differentiable and not y.requires_grad:
+                y.requires_grad_()
+            inputs[site.name], outputs[site.name] = rows.detach(), y
+            return site.from_instances(y, x)
+
+        with _replaced(self.sites, layer), torch.set_grad_enabled(differentiable):
+            output = self.target(x)
+        return Record(output, inputs, outputs)

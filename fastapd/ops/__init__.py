@@ -1,0 +1,23 @@
+"""The public hot operations. Each has one file here; the same stem names its reference, kernels, tests and benchmark."""
+
+from fastapd.ops._attribution_reduce import attribution_reduce as attribution_reduce
+from fastapd.ops._batch_topk import Selection as Selection
+from fastapd.ops._batch_topk import batch_topk as batch_topk
+from fastapd.ops._batch_topk import sample_topk as sample_topk
+from fastapd.ops._batched_svd import schatten_factored as schatten_factored
+from fastapd.ops._component_forward import component_forward as component_forward
+from fastapd.ops._component_forward import component_forward_selected as component_forward_selected
+from fastapd.ops._component_sum import component_sum as component_sum
+from fastapd.ops._component_sum import component_sum_loss as component_sum_loss
+
+__all__ = [
+    "Selection",
+    "attribution_reduce",
+    "batch_topk",
+    "component_forward",
+    "component_forward_selected",
+    "component_sum",
+    "component_sum_loss",
+    "sample_topk",
+    "schatten_factored",
+]

@@ -1,0 +1,132 @@
+"""W = sum over components of A_c B_c, and its squared distance to a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastapd.ops import _check
+from fastapd.ops._op import define, with_instances
+
+
+def _check_sum(A: Tensor, B: Tensor) -> bool:
+    return _check.factors("component_sum", A, B)
+
+
+def _check_loss(A: Tensor, B: Tensor, target: Tensor) -> bool:
+    op = "component_sum_loss"
+    instances = _check.factors(op, A, B)
+    _check.tensors(op, A=A, target=target)
+    wanted = (*A.shape[:-3], A.shape[-2], B.shape[-1])
+    if tuple(target.shape) != wanted:
+        raise ValueError(
+            f"{op}: target must have the shape of the sum, [{', '.join(map(str, wanted))}], got {_check.shape(target)}"
+        )
+    return instances
+
+
+def _factor_grads(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """dA = dW B^T, dB = A^T dW for all components at once: two GEMMs over the concatenated ranks."""
+    n_instances, n_components, d_in, rank = A.shape
+    At = A.mT.reshape(n_instances, n_components * rank, d_in)  # a view in the house layout
+    flat_B = B.reshape(n_instances, n_components * rank, B.shape[-1])
+    grad_At = (flat_B @ grad_W.mT).view(n_instances, n_components, rank, d_in)
+    return grad_At.mT, (At @ grad_W).view(B.shape)
+
+
+def _sum_fake(A: Tensor, B: Tensor) -> Tensor:
+    _check_sum(A, B)
+    return A.new_empty(A.shape[0], A.shape[2], B.shape[3])
+
+
+def _save_factors(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sum_backward(ctx: Any, grad_W: Tensor) -> tuple[Tensor, Tensor]:
+    return _factor_grads(grad_W, *ctx.saved_tensors)
+
+
+_component_sum = define("component_sum", "(Tensor A, Tensor B) -> Tensor", _sum_fake, _save_factors, _sum_backward)
+
+
+def component_sum(A: Float[Tensor, "*I C d_in m"], B: Float[Tensor, "*I C m d_out"]) -> Float[Tensor, "*I d_in d_out"]:
+    """Sums the components of a layer.
+
+    W = sum_c A_c B_c
+
+    Args:
+        A: Left factors [n_components, d_in, rank], with or without a leading n_instances; any strides, fastest as the
+            transposed view of a contiguous [.., n_components, rank, d_in].
+        B: Right factors [n_components, rank, d_out], with the same leading axis.
+
+    Returns:
+        The summed weights [d_in, d_out], y = x W orientation, with the leading axis of the inputs.
+
+    Raises:
+        ValueError: If shapes or devices do not match.
+        TypeError: If a dtype is not floating or the dtypes differ.
+
+    Gradient: in A and B, twice differentiable.
+    Cost: 2 d_in C m d_out flops per instance; the products A_c B_c are never held one by one.
+    Source: Braun et al. 2025, section 2; `LinearComponent.weight` of ApolloResearch/apd.
+    """
+    if _check_sum(A, B):
+        return _component_sum(A, B)
+    return _component_sum(*with_instances(A, B)).squeeze(0)
+
+
+def _loss_fake(A: Tensor, B: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    _check_loss(A, B, target)
+    return A.new_empty(A.shape[0]), A.new_empty(target.shape)
+
+
+def _save_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    A, B, _ = inputs
+    ctx.save_for_backward(A, B, output[1])
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+    A, B, residual = ctx.saved_tensors
+    grad_W = torch.zeros_like(residual) if grad_residual is None else grad_residual
+    if grad_loss is not None:
+        grad_W = grad_W + 2 * grad_loss[:, None, None] * residual
+    return (*_factor_grads(grad_W, A, B), -grad_W if ctx.needs_input_grad[2] else None)
+
+
+_component_sum_loss = define(
+    "component_sum_loss", "(Tensor A, Tensor B, Tensor target) -> (Tensor, Tensor)", _loss_fake, _save_loss, _loss_backward
+)
+
+
+def component_sum_loss(
+    A: Float[Tensor, "*I C d_in m"], B: Float[Tensor, "*I C m d_out"], target: Float[Tensor, "*I d_in d_out"]
+) -> tuple[Float[Tensor, "*I"], Float[Tensor, "*I d_in d_out"]]:
+    """How far the sum of the components is from a target matrix.
+
+    loss = sum_io (W - W*)^2,  residual = W - W*,  W = sum_c A_c B_c
+
+    Args:
+        A: Left factors [.., n_components, d_in, rank], as for `component_sum`.
+        B: Right factors [.., n_components, rank, d_out].
+        target: The target weights W* [.., d_in, d_out].
+
+    Returns:
+        The squared distance, a scalar or [n_instances], not divided by anything; and the residual, shaped like target.
+
+    Raises:
+        ValueError: If shapes or devices do not match.
+        TypeError: If a dtype is not floating or the dtypes differ.
+
+    Gradient: in A, B and target, from both outputs; dA_c = 2 g R B_c^T, dB_c = 2 g A_c^T R.
+    Cost: one GEMM forward, two backward; only the residual is kept.
+    Source: Braun et al. 2025, faithfulness loss; `calc_param_match_loss` of ApolloResearch/apd before its 1/n_params.
+    """
+    if _check_loss(A, B, target):
+        return _component_sum_loss(A, B, target)
+    loss, residual = _component_sum_loss(*with_instances(A, B, target))
+    return loss.squeeze(0), residual.squeeze(0)

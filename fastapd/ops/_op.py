@@ -1,0 +1,53 @@
+"""Registers torch ops whose implementation is chosen per call; shared by the op files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastapd import backends
+
+_LIBRARY = torch.library.Library("fastapd", "DEF")
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines `torch.ops.fastapd.<name>`: schema, fake, autograd, and an implementation that asks `backends.choose`.
+
+    Args:
+        name: The op's name, a row of `backends.TABLE`.
+        schema: Its torch schema without the name, e.g. "(Tensor A, Tensor B) -> Tensor".
+        fake: Shapes and dtypes of the outputs; runs the same check as the public op.
+        setup_context: What to keep for the backward pass, as in `torch.library.register_autograd`.
+        backward: The gradient; an op without one refuses inputs that require gradients.
+
+    Returns:
+        The op, callable.
+    """
+
+    def run(*args: Any) -> Any:
+        return backends.choose(name, args)(*args)
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    qualified = f"fastapd::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.fastapd, name).default
+
+
+def with_instances(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors with a leading instance axis of size one."""
+    return tuple(t.unsqueeze(0) for t in tensors)
