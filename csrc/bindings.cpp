@@ -69,8 +69,8 @@ void run_backward(Address grad_y, Address x, Address At, Address B, Address u, c
       at<T>(grad_u), at<T>(grad_x), at<T>(grad_At), at<T>(grad_B), sizes_of(n), threads))
 }
 
-// x, g, At, B, d_in, d_out, rank, g_batch
-using LayerArguments = std::array<int64_t, 8>;
+// x, g, At, B, d_in, d_out, rank, and the strides of g by instance, sample and output
+using LayerArguments = std::array<int64_t, 10>;
 
 template <class T>
 bool run_attribution(const std::vector<AttributionLayer<T>>& layers, T* out, int64_t n_instances, int64_t batch,
@@ -99,7 +99,7 @@ void bind_ops(py::module_& m, const std::string& dtype) {
           for (const LayerArguments& a : arguments)
             layers.push_back({at<const T>(static_cast<Address>(a[0])), at<const T>(static_cast<Address>(a[1])),
                               at<const T>(static_cast<Address>(a[2])), at<const T>(static_cast<Address>(a[3])), a[4],
-                              a[5], a[6], a[7]});
+                              a[5], a[6], a[7], a[8], a[9]});
           bool ok;
           {
             py::gil_scoped_release release;

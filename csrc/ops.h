@@ -33,10 +33,11 @@ struct SelectionOut {
 template <class T>
 struct AttributionLayer {
   const T* x;   // [I, b, d_in]
-  const T* g;   // [I, g_batch, n_outputs, d_out]; g_batch is b, or 1 when all samples share their gradients
+  const T* g;   // [I, b, n_outputs, d_out] by its strides; the batch stride is 0 when all samples share their gradients
   const T* At;  // [I, C, rank, d_in]
   const T* B;   // [I, C, rank, d_out]
-  int64_t d_in, d_out, rank, g_batch;
+  int64_t d_in, d_out, rank;
+  int64_t g_stride_i, g_stride_b, g_stride_o;  // in elements; the last axis is dense
 };
 
 struct ForwardSizes {

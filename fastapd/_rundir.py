@@ -385,7 +385,7 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": "-".join(filter(None, (platform.system(), *platform.libc_ver()))),  # a release can name its builder
         "machine": platform.machine(),
         "cpu": _cpu(),
         "torch": str(torch.__version__),

@@ -66,6 +66,33 @@ class Decomposition:
         step = evaluate(self.model, self.method, x)
         return step.attributions, step.selection, self.model.forward(x, step.selection)
 
+    @torch.no_grad()
+    def score(self, x: Tensor) -> dict[str, Float[Tensor, " I"]]:
+        """What can be said of any decomposition without training, one value an instance.
+
+        Args:
+            x: A batch of the target's inputs.
+
+        Returns:
+            `faithfulness_error`, ‖sum of components − W‖ / ‖W‖ over all layers; `topk_mse`, the error of the output
+            with the method's selection; `full_mse`, with all components on; `l0`, active components a sample; `alive`,
+            components that some sample uses.
+        """
+        from fastapd import losses, metrics
+
+        target = self.model.record_target(x).output
+        _, selection, masked = self.select(x)
+        weights = self.model.weights
+        return {
+            "faithfulness_error": metrics.relative_faithfulness(
+                weights, {name: self.model.components.weight(name) for name in weights}
+            ),
+            "topk_mse": losses.reconstruction(masked.output, target),
+            "full_mse": losses.reconstruction(self.model.forward(x).output, target),
+            "l0": metrics.l0(selection.counts, selection.batch),
+            "alive": metrics.alive(selection.counts),
+        }
+
     def save(self, run: RunDirectory) -> None:
         """Writes `components.safetensors` and `target.safetensors` into a run directory."""
         ties = {name: layer.tied_to for name, layer in self.model.components.layers.items() if layer.tied_to}

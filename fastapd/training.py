@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd import losses
+from fastapd._random import stream
 from fastapd.attributions import activation_attributions, gradient_attributions
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
@@ -223,7 +224,7 @@ def decompose(
     sites = find_sites(target, targets)
     first = sites[0].weight
     if init is None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "components")
         shapes = {site.name: site.shape for site in sites}
         init = Components(
             shapes, C, rank, first.shape[0], init_scale, generator, dtype=first.dtype, device=first.device

@@ -110,8 +110,9 @@ def test_wheel_holds_every_module_and_data_file(tree: Path, wheel: zipfile.ZipFi
 def test_wheel_holds_the_native_module_and_says_what_it_left_out(wheel: zipfile.ZipFile) -> None:
     info = build_info(wheel)
     assert info["_C_cuda"] == "FASTAPD_CUDA=0"
-    if info["_C"]:
+    if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip(f"no _C here: {info['_C']}")
+    assert info["_C"] is None
     assert len([name for name in wheel.namelist() if name.startswith("fastapd/_C.")]) == 1
     assert info["cpu_levels"][0] == "baseline"
     assert info["compiler"]

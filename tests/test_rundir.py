@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import getpass
 import json
 import math
 import os
@@ -162,9 +161,7 @@ def test_rundir_write_json_refuses_what_has_no_form(directory):
         directory.write_json("x.json", {1: 2})
     loop: list = []
     loop.append(loop)
-    with pytest.raises(
-        ValueError, match=r"^run directory: x\.json must nest less deeply, got too many levels, or itself"
-    ):
+    with pytest.raises(ValueError, match=r"^run directory: x\.json must nest less deeply, got too many levels, or it"):
         directory.write_json("x.json", loop)
     assert _files(directory.path) == set()
 
@@ -346,9 +343,7 @@ def test_rundir_metrics_survive_a_crash_at_every_byte(directory, tmp_path):
     cut = tmp_path / "cut.jsonl"
     for size in range(len(data) + 1):
         cut.write_bytes(data[:size])
-        whole = data[:size].count(b"\n") + (
-            data[size : size + 1] == b"\n"
-        )  # a row that lacks only its line end is whole
+        whole = data[: size + 1].count(b"\n")  # a row that lacks only its line end is whole
         assert read_metrics(cut) == rows[:whole], size
         cut.write_bytes(data[:size] + b"\0" * 7)  # file systems fill lost blocks with zeros
         assert read_metrics(cut) == rows[: data[:size].count(b"\n")], size
@@ -400,5 +395,5 @@ def test_rundir_environment_says_what_and_not_who_or_where(directory, monkeypatc
     assert json.loads(directory.write_json("env.json", env).read_text()) == env
     text = json.dumps(list(env.values()))
     words = set(re.split(r"[^\w.]+", text))
-    assert not words & {socket.gethostname(), getpass.getuser()}
+    assert not words & {socket.gethostname(), os.environ.get("USER")}
     assert os.getcwd() not in text and str(Path.home()) not in text

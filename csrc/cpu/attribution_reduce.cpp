@@ -62,12 +62,9 @@ void reduce_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t i
     const AttributionLayer<T>& layer = layers[l];
     pack(layer.x + (instance * batch + first) * layer.d_in, layer.d_in, layer.d_in, n, px);
     px += layer.d_in * kLanes<T>;
-    const int64_t per_sample = n_outputs * layer.d_out;
-    const bool shared = layer.g_batch == 1;
-    const T* g = layer.g + (instance * layer.g_batch + (shared ? 0 : first)) * per_sample;
+    const T* g = layer.g + instance * layer.g_stride_i + first * layer.g_stride_b;
     for (int64_t o = 0; o < n_outputs; ++o)
-      pack(g + o * layer.d_out, shared ? 0 : per_sample, layer.d_out, n,
-           packed_g + (o * width + at) * kLanes<T>);
+      pack(g + o * layer.g_stride_o, layer.g_stride_b, layer.d_out, n, packed_g + (o * width + at) * kLanes<T>);
     at += layer.d_out;
   }
   for (int64_t c = 0; c < n_components; ++c) {

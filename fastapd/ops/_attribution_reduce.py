@@ -71,9 +71,12 @@ def cpu_attribution_reduce(xs: list[Tensor], gs: list[Tensor], As: list[Tensor],
     native: Any = _native.load("_C").module
     keep, layers = [], []
     for x, g, A, B in zip(xs, gs, As, Bs, strict=True):
-        dense = [t.contiguous() for t in (x, g, A.mT, B)]
+        g = g if g.stride(3) == 1 else g.contiguous()  # the other strides are the kernel's to walk
+        dense = [x.contiguous(), g, A.mT.contiguous(), B.contiguous()]
         keep.append(dense)
-        layers.append([*(t.data_ptr() for t in dense), x.shape[2], B.shape[3], B.shape[2], g.shape[1]])
+        stride_i, stride_b, stride_o, _ = g.stride()
+        strides = (stride_i, 0 if g.shape[1] == 1 else stride_b, stride_o)
+        layers.append([*(t.data_ptr() for t in dense), x.shape[2], B.shape[3], B.shape[2], *strides])
     n_instances, batch, _ = xs[0].shape
     n_components = As[0].shape[1]
     out = xs[0].new_empty(n_instances, batch, n_components)
@@ -97,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     n, saved = ctx.n_layers, ctx.saved_tensors
     xs, gs, As, Bs = (list(saved[i * n : (i + 1) * n]) for i in range(4))
     grad_As, grad_Bs = attribution_reduce_backward(grad, xs, gs, As, Bs)
-    return None, None, grad_As, grad_Bs
+    return [None] * n, [None] * n, grad_As, grad_Bs
 
 
 _attribution_reduce = define(

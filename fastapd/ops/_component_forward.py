@@ -131,7 +131,7 @@ def _check_selected(x: Tensor, A: Tensor, B: Tensor, selection: Selection) -> bo
             raise TypeError(f"{op}: selection.{name} must be {wanted}, got {got}; use the result of batch_topk")
         if t.device != x.device:
             raise ValueError(f"{op}: selection.{name} must be on the device of x, {x.device}, got {t.device}")
-    leading, n_pairs = tuple(x.shape[:-2]), selection.sample.shape[-1]
+    leading, n_pairs = tuple(x.shape[:-2]), selection.sample.shape[-1] if selection.sample.dim() else 0
     shapes = {
         "sample": (*leading, n_pairs),
         "offsets": (*leading, A.shape[-3] + 1),

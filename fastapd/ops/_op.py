@@ -34,7 +34,12 @@ def define(
     """
 
     def run(*args: Any) -> Any:
-        return backends.choose(name, args)(*args)
+        function = backends.choose(name, args)
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            # An op computes in the dtype of its arguments, as its fake says; a GEMM inside a reference would not.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return function(*args)
+        return function(*args)
 
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")

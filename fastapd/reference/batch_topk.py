@@ -11,18 +11,18 @@ Grouped = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def batch_topk(scores: Tensor, n_pairs: int) -> Grouped:
     """A stable descending sort has the contract's order: NaN first, -0 equal to +0, equal scores by flat index."""
-    n_instances, batch, n_components = scores.shape
-    order = scores.reshape(n_instances, -1).sort(dim=-1, descending=True, stable=True).indices
+    _, batch, n_components = scores.shape
+    order = scores.flatten(1).sort(dim=-1, descending=True, stable=True).indices
     flat = order[:, :n_pairs].sort(dim=-1).values  # sample-major: sample, then component
     return _grouped(flat, batch, n_components)
 
 
 def sample_topk(scores: Tensor, k: int) -> Grouped:
     """The k largest of each sample; equal scores by component."""
-    n_instances, batch, n_components = scores.shape
+    _, batch, n_components = scores.shape
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values  # [I, b, k]
     first = torch.arange(batch, device=scores.device).unsqueeze(-1) * n_components  # [b, 1]
-    return _grouped((order + first).reshape(n_instances, -1), batch, n_components)
+    return _grouped((order + first).flatten(1), batch, n_components)
 
 
 def _grouped(flat: Tensor, batch: int, n_components: int) -> Grouped:

@@ -1,0 +1,7 @@
+"""`python -m fastapd`."""
+
+import sys
+
+from fastapd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,77 @@
+"""What `fastapd info` prints: versions, devices, native modules, and who would run each op, with reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import fastapd
+from fastapd import _native, backends
+from fastapd._rundir import environment
+
+
+def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Small float32 arguments for every row of the backend table."""
+    x, A, B = (torch.zeros(1, *s, device=device) for s in ((4, 3), (2, 3, 2), (2, 2, 5)))
+    g, W, mask, counts = (torch.zeros(1, *s, device=device) for s in ((4, 5, 5), (3, 5), (4, 2), (2,)))
+    u = torch.zeros(1, 3, 2, device=device)
+    selection = tuple(torch.zeros(1, n, dtype=torch.int32, device=device) for n in (3, 3, 3, 5, 3))
+    return {
+        "component_sum": (A, B),
+        "component_sum_loss": (A, B, W),
+        "component_forward": (x, A, B, mask),
+        "component_forward_selected": (x, A, B, *selection),
+        "component_forward_selected_backward": (x.new_zeros(1, 4, 5), x, A, B, u, *selection, True, True, True),
+        "attribution_reduce": ([x], [g], [A], [B]),
+        "batch_topk": (mask, 3),
+        "sample_topk": (mask, 1),
+        "schatten_factored": (A, B, counts.long(), 1.0, 1e-16, 4),
+        "schatten_factored_masked": (A, B, mask, 1.0, 1e-16),
+    }
+
+
+def lines() -> list[str]:
+    """The report, line by line."""
+    env, info = environment(), _native.build_info()
+    out = [
+        f"fastapd {fastapd.__version__}",
+        f"  python {env['python']}, torch {env['torch']}, triton {env['triton'] or 'not installed'}, numpy {env['numpy']}",
+        f"  {env['cpu']}, {env['torch_threads']} threads, OMP_WAIT_POLICY {env['omp_wait_policy'] or 'unset'}",
+        f"  CUDA devices: {', '.join(env['cuda_devices']) or 'none that torch can use'}",
+        "",
+        "native modules",
+    ]
+    cpu = _native.load("_C")
+    if cpu.module is None:
+        out.append(f"  _C       absent; ops run on the reference backend. {cpu.reason}")
+    else:
+        levels = ", ".join(cpu.module.cpu_levels())
+        threads = "OpenMP" if cpu.module.openmp else "one thread"
+        out.append(f"  _C       {info.get('compiler', '')}, {threads}, runs at {cpu.module.cpu_level()} of {levels}")
+    cuda = _native.load("_C_cuda")
+    if cuda.module is None:
+        out.append(f"  _C_cuda  absent. {cuda.reason}")
+    else:
+        archs = ", ".join(f"sm_{a}" for a in info.get("cuda_archs", []))
+        found = cuda.module.unavailable_reason() or f"{cuda.module.device_count()} devices"
+        out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs}; device queries only so far; {found}")
+    forced = backends.forced_backends()
+    out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else 'chosen per call, first that can run'}"]
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    for device in devices:
+        out.append(f"  float32 tensors on {device}")
+        for op, args in _examples(device).items():
+            out += _explained(op, args, forced)
+    return out
+
+
+def _explained(op: str, args: tuple[Any, ...], forced: tuple[str, ...] | None) -> list[str]:
+    reasons = backends.explain(op, *args)
+    order = forced or backends.BACKENDS
+    runs = next((b for b in order if not reasons[b]), "nothing")
+    why_not = [f"{b}: {'; '.join(reasons[b])}" for b in backends.BACKENDS if reasons[b] and b in backends.TABLE[op]]
+    absent = [b for b in backends.BACKENDS if b not in backends.TABLE[op]]
+    if absent:
+        why_not.append(f"{', '.join(absent)}: no implementation")
+    return [f"    {op:38s} {runs:10s} not {'; not '.join(why_not)}" if why_not else f"    {op:38s} {runs}"]
