@@ -35,7 +35,19 @@ _WHERE = {
     "use_backend": "fastapd.backends",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "APD",
+    "Components",
+    "Decomposition",
+    "DivergedError",
+    "Optimiser",
+    "RunConfig",
+    "__version__",
+    "decompose",
+    "explain",
+    "ops",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ def lines() -> list[str]:
     env, info = environment(), _native.build_info()
     out = [
         f"fastapd {fastapd.__version__}",
-        f"  python {env['python']}, torch {env['torch']}, triton {env['triton'] or 'not installed'}, numpy {env['numpy']}",
+        f"  python {env['python']}, torch {env['torch']}, numpy {env['numpy']}, triton {env['triton'] or 'absent'}",
         f"  {env['cpu']}, {env['torch_threads']} threads, OMP_WAIT_POLICY {env['omp_wait_policy'] or 'unset'}",
         f"  CUDA devices: {', '.join(env['cuda_devices']) or 'none that torch can use'}",
         "",

@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastapd {fastapd.__version__}")
         return 0
     if args[0] not in commands:
-        print(f"fastapd: command must be one of {', '.join(commands)}, got {args[0]!r}\n\n{HELP}", end="", file=sys.stderr)
+        print(
+            f"fastapd: command must be one of {', '.join(commands)}, got {args[0]!r}\n\n{HELP}", end="", file=sys.stderr
+        )
         return 2
     from fastapd.config import ConfigError
     from fastapd.training import DivergedError
@@ -93,13 +95,14 @@ def _demo(args: list[str]) -> int:
 def _run(args: list[str]) -> int:
     import tyro
 
-    from fastapd.config import RunConfig, load
+    from fastapd.config import load
     from fastapd.experiments import get, registered
 
     if not args or args[0] in ("-h", "--help"):
         print("usage: fastapd run NAME|FILE.yaml [OPTIONS]     (fastapd run NAME --help lists the options)\n")
-        for name, config in registered().items():
-            print(f"  {name:12s} C {config.n_components}, {config.n_instances} instances, {config.steps} steps of {config.batch}")
+        for name, known in registered().items():
+            size = f"C {known.n_components}, {known.n_instances} instances, {known.steps} steps of {known.batch}"
+            print(f"  {name:12s} {size}")
         return 0 if args else 2
     name = args[0]
     is_file = name.endswith((".yaml", ".yml")) or os.sep in name
@@ -129,7 +132,8 @@ def _experiment(config: RunConfig, out: Path | None, name: str | None, progress:
     from fastapd.experiments._run import run_experiment
 
     started = time.perf_counter()
-    print(f"fastapd {fastapd.__version__}   torch {torch.__version__}   {torch.get_num_threads()} threads   seed {config.seed}")
+    threads = torch.get_num_threads()
+    print(f"fastapd {fastapd.__version__}   torch {torch.__version__}   {threads} threads   seed {config.seed}")
     scores = torch.zeros(1, 1, 1)
     native = not backends.explain("batch_topk", scores, 1)["cpu"]
     print(f"backend        {'CPU kernels' if native else 'plain PyTorch reference'} (`fastapd info` explains)")

@@ -107,9 +107,8 @@ class Components(nn.Module):
             for name, (A, B) in factors.items():
                 for own, given in ((new.At[_key(name)], A.mT), (new.B[_key(name)], B)):
                     if own.shape != given.shape:
-                        raise ValueError(
-                            f"Components: factors of {name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}"
-                        )
+                        wanted, got = tuple(own.shape), tuple(given.shape)
+                        raise ValueError(f"Components: factors of {name} must have shape {wanted}, got {got}")
                     own.copy_(given)
         return new
 

@@ -84,16 +84,24 @@ class APD(_Model):
     """The method: how components are selected and what the loss is made of. A term of coefficient 0 is not computed."""
 
     topk: _Coefficient = Field(description="active components per sample, on average over the batch (>= 0)")
-    selection: Literal["batch", "sample"] = Field("batch", description="take the largest of a batch, or of each sample")
-    attribution: Literal["gradient", "activation"] = Field("gradient", description="measure of a component's effect")
-    faithfulness: _Coefficient = Field(1.0, description="coefficient: components sum to the target weights")
-    minimality: _Coefficient = Field(1.0, description="coefficient: the active components reproduce the output")
-    simplicity: _Coefficient = Field(1.0, description="coefficient: the active components have low rank")
-    p: _Positive = Field(0.9, description="exponent of the Schatten norm in the simplicity term (> 0)")
-    output_reconstruction: _Coefficient = Field(0.0, description="coefficient: all components reproduce the output")
-    activation_reconstruction: _Coefficient = Field(0.0, description="coefficient: active ones reproduce hidden layers")
-    unit_norm: bool = Field(False, strict=True, description="keep every factor A of unit norm")
-    eps: _Positive = Field(1e-16, description="added to squared singular values before the power p/2 (> 0)")
+    selection: Literal["batch", "sample"] = Field(
+        default="batch", description="take the largest of a batch, or of each sample"
+    )
+    attribution: Literal["gradient", "activation"] = Field(
+        default="gradient", description="measure of a component's effect"
+    )
+    faithfulness: _Coefficient = Field(default=1.0, description="coefficient: components sum to the target weights")
+    minimality: _Coefficient = Field(default=1.0, description="coefficient: the active components reproduce the output")
+    simplicity: _Coefficient = Field(default=1.0, description="coefficient: the active components have low rank")
+    p: _Positive = Field(default=0.9, description="exponent of the Schatten norm in the simplicity term (> 0)")
+    output_reconstruction: _Coefficient = Field(
+        default=0.0, description="coefficient: all components reproduce the output"
+    )
+    activation_reconstruction: _Coefficient = Field(
+        default=0.0, description="coefficient: active ones reproduce hidden layers"
+    )
+    unit_norm: bool = Field(default=False, strict=True, description="keep every factor A of unit norm")
+    eps: _Positive = Field(default=1e-16, description="added to squared singular values before the power p/2 (> 0)")
 
     @pydantic.field_validator("selection")
     @classmethod
@@ -108,9 +116,15 @@ class Optimiser(_Model):
     """The learning rate and its schedule."""
 
     lr: _Positive = Field(description="learning rate after warm-up (> 0)")
-    schedule: Literal["constant", "linear", "cosine", "exponential"] = Field("constant", description="after warm-up")
-    warmup: Annotated[_Float, Field(ge=0, lt=1)] = Field(0.0, description="fraction of the steps spent rising to lr")
-    halflife: _Positive | None = Field(None, description="steps in which lr halves; only for the exponential schedule")
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = Field(
+        default="constant", description="after warm-up"
+    )
+    warmup: Annotated[_Float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="fraction of the steps spent rising to lr"
+    )
+    halflife: _Positive | None = Field(
+        default=None, description="steps in which lr halves; only for the exponential schedule"
+    )
 
     @pydantic.field_validator("halflife")
     @classmethod
@@ -124,7 +138,7 @@ class Optimiser(_Model):
 
 
 class _Target(_Model):
-    family: str = Field("", description="which kind of target this is")
+    family: str = Field(default="", description="which kind of target this is")  # first, so that files name it first
     n_features: _Count = Field(description="number of input features")
     feature_probability: Annotated[_Float, Field(gt=0, le=1)] = Field(description="chance that a feature is active")
     steps: _Count = Field(description="training steps of the target")
@@ -135,38 +149,46 @@ class _Target(_Model):
 class TMSTarget(_Target):
     """The toy model of superposition that is decomposed, and its training."""
 
-    family: Literal["tms"] = Field("tms", description="which kind of target this is")
+    family: Literal["tms"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="tms", description="which kind of target this is"
+    )
     n_hidden: _Count = Field(description="number of hidden dimensions")
 
 
 class ResidualMLPTarget(_Target):
     """The residual MLP that is decomposed, and its training."""
 
-    family: Literal["residual_mlp"] = Field("residual_mlp", description="which kind of target this is")
+    family: Literal["residual_mlp"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="residual_mlp", description="which kind of target this is"
+    )
     d_embed: _Count = Field(description="width of the residual stream")
     d_mlp: _Count = Field(description="neurons per layer")
     n_layers: _Count = Field(description="number of MLP layers")
-    act: Literal["relu", "gelu"] = Field("relu", description="activation function")
+    act: Literal["relu", "gelu"] = Field(default="relu", description="activation function")
 
 
 class RunConfig(_Model):
     """Everything that determines a run: the target, the method and its training."""
 
     experiment: _Name = Field(description="name of the experiment, and of its run directory unless one is given")
-    seed: Annotated[_Int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random number in the run")
-    n_instances: _Count = Field(1, description="independent targets decomposed side by side")
+    seed: Annotated[_Int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="seed of every random number in the run"
+    )
+    n_instances: _Count = Field(default=1, description="independent targets decomposed side by side")
     n_components: _Count = Field(description="components per instance (C)")
-    rank: _Count | None = Field(None, description="largest rank of a component (m); none: full rank")
+    rank: _Count | None = Field(default=None, description="largest rank of a component (m); none: full rank")
     steps: _Count = Field(description="optimisation steps")
     batch: _Count = Field(description="samples per step and instance")
-    init_scale: _Positive = Field(1.0, description="scale of the initial components (> 0)")
+    init_scale: _Positive = Field(default=1.0, description="scale of the initial components (> 0)")
     optimiser: Optimiser = Field(description="the learning rate and its schedule")
     method: APD = Field(description="how components are selected and what the loss is made of")
     target: TMSTarget | ResidualMLPTarget = Field(discriminator="family", description="the network to decompose")
-    log_every: _Count = Field(100, description="steps between two rows of metrics")
-    eval_batch: _Count = Field(4096, description="samples in an evaluation")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto: a GPU if there is one")
-    dtype: Literal["float32", "float64"] = Field("float32", description="floating-point type of the run")
+    log_every: _Count = Field(default=100, description="steps between two rows of metrics")
+    eval_batch: _Count = Field(default=4096, description="samples in an evaluation")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to run; auto: a GPU if there is one"
+    )
+    dtype: Literal["float32", "float64"] = Field(default="float32", description="floating-point type of the run")
 
     @pydantic.field_validator("method")
     @classmethod
@@ -275,7 +297,7 @@ _TAG = "tag:yaml.org,2002:"
 class _StrictLoader(yaml.SafeLoader):
     """Plain mappings, lists and scalars; no aliases, anchors, merge keys, tags or repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
@@ -284,7 +306,7 @@ class _StrictLoader(yaml.SafeLoader):
     def refuse(self, mark: yaml.Mark, condition: str, got: str) -> NoReturn:
         raise ConfigError(f"config: {self.source} line {mark.line + 1} must {condition}, got {got}")
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"

@@ -65,7 +65,9 @@ def activation_reconstruction(
     return total.mean(-1) / width
 
 
-def simplicity(components: Components, selection: Selection, p: float, eps: float, n_params: int) -> Float[Tensor, " I"]:
+def simplicity(
+    components: Components, selection: Selection, p: float, eps: float, n_params: int
+) -> Float[Tensor, " I"]:
     """How much rank the selected components carry, by the factored Schatten sum.
 
     L = 1/(n_params batch) sum_l [ sum_c n_c sum_i (‖a_i‖²‖b_i‖² + eps)^{p/2} + (batch − n_c) m eps^{p/2} ]

@@ -323,9 +323,9 @@ def relative_faithfulness(weights: Mapping[str, Tensor], sums: Mapping[str, Tens
                 f"relative_faithfulness: sums[{name!r}] must have shape {list(weight.shape)}, "
                 f"got {list(sums[name].shape)}"
             )
-    error = sum((sums[name].double() - w.double()).flatten(1).square().sum(-1) for name, w in weights.items())
-    scale = sum(w.double().flatten(1).square().sum(-1) for w in weights.values())
-    return _relative(error.sqrt(), scale.sqrt())
+    errors = [(sums[name].double() - w.double()).flatten(1).square().sum(-1) for name, w in weights.items()]
+    scales = [w.double().flatten(1).square().sum(-1) for w in weights.values()]
+    return _relative(torch.stack(errors).sum(0).sqrt(), torch.stack(scales).sum(0).sqrt())
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,14 +49,14 @@ class TransposedLinear(nn.Module):
 
 
 class _Adapter(NamedTuple):
-    weight: Callable[[nn.Module], Tensor]
+    weight: Callable[[Any], Tensor]
     """The matrix as [n_instances, d_in, d_out]."""
-    bias: Callable[[nn.Module], Tensor | None]
+    bias: Callable[[Any], Tensor | None]
     instances: bool
     """Whether inputs arrive as [n_instances, batch, d_in]; otherwise as [.., d_in], every row a sample."""
 
 
-_ADAPTERS: dict[type[nn.Module], _Adapter] = {
+_ADAPTERS: dict[type[Any], _Adapter] = {
     Linear: _Adapter(lambda m: m.weight, lambda m: None, True),
     TransposedLinear: _Adapter(lambda m: m.owner.weight.mT, lambda m: None, True),
     nn.Linear: _Adapter(lambda m: m.weight.mT.unsqueeze(0), lambda m: m.bias, False),
@@ -107,7 +107,9 @@ def find_sites(target: nn.Module, patterns: Sequence[str]) -> list[Site]:
     for pattern in patterns:
         matched = fnmatch.filter(modules, pattern)
         if not matched:
-            raise ValueError(f"find_sites: pattern {pattern!r} must match a module, the target has {', '.join(modules)}")
+            raise ValueError(
+                f"find_sites: pattern {pattern!r} must match a module, the target has {', '.join(modules)}"
+            )
         chosen.update(matched)
     sites = []
     owners: dict[int, str] = {}

@@ -184,6 +184,7 @@ def recovery_heatmap(panels: Mapping[str, tuple[Float[Tensor, "F H"], Float[Tens
         for spine in ax.spines.values():
             spine.set_color(_PALE)
         axes.append(ax)
+    assert image is not None, "panels is not empty"
     bar = fig.colorbar(
         image, ax=axes, fraction=0.03, pad=0.015, ticks=[-1, -0.5, 0, 0.5, 1], extend="both" if beyond else "neither"
     )

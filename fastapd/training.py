@@ -87,7 +87,8 @@ def evaluate(
         model: The target and its components.
         method: Coefficients, selection and attribution; terms with a zero coefficient are not computed.
         x: One batch of the target's inputs.
-        activations: For the activation term, what to apply to each compared site's output; all sites as they are if None.
+        activations: For the activation term, what to apply to each compared site's output; None compares all as they
+            are.
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
     """
     target = model.record_target(x, differentiable=method.attribution == "gradient")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastapd import backends, config as configs, plots, report
+from fastapd import backends, plots, report
+from fastapd import config as configs
 from fastapd._random import stream
 from fastapd._rundir import RunDirectory, environment
 from fastapd.components import Components
@@ -159,19 +160,27 @@ def _write(
     seconds: float,
 ) -> None:
     pictures = []
-    figures = {**check.figures, "losses": ("The terms of the loss over training.", plots.loss_curves(decomposition.history))}
+    figures = {
+        **check.figures,
+        "losses": ("The terms of the loss over training.", plots.loss_curves(decomposition.history)),
+    }
     for name, (caption, figure) in figures.items():
         pictures.append((caption, plots.save(figure, run.path / "figures" / f"{name}.png")))
     for name, tensors in check.tensors.items():
         run.save_tensors(f"eval/{name}.safetensors", tensors)
-    run.write_json("result.json", {"recovered_count": check.recovered, "n": check.n, "seconds": seconds, **check.values})
+    run.write_json(
+        "result.json", {"recovered_count": check.recovered, "n": check.n, "seconds": seconds, **check.values}
+    )
     method, optimiser = config.method, config.optimiser
     report.write_report(
         run.path / "report.html",
         title=f"fastapd: {config.experiment}",
         summary=[
             ("recovered", f"{check.recovered} of {check.n} instances"),
-            ("settings", f"C {config.n_components}, rank {config.rank or 'full'}, batch {config.batch}, {config.steps} steps"),
+            (
+                "settings",
+                f"C {config.n_components}, rank {config.rank or 'full'}, batch {config.batch}, {config.steps} steps",
+            ),
             ("selection", f"{method.selection} top-k {method.topk:g}, {method.attribution} attributions of the target"),
             (
                 "loss",

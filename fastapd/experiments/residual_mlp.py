@@ -44,6 +44,9 @@ class ResidualMLP(nn.Module):
         output_act: Whether the activation is applied to the output too.
     """
 
+    W_E: Tensor
+    W_U: Tensor
+
     def __init__(
         self,
         n_instances: int,

@@ -207,7 +207,9 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
             spread = f"best {here[best]:.3f}, median {here.quantile(0.5):.3f} of {n} instances"
             published.append((name, f"{value:.3f}, one chosen instance", spread))
     weight, parts = decomposition.model.weights["linear1"], decomposition.parts("linear1")
-    labels = [f"{kind}: instance {i}, {'' if good[i] else 'not '}recovered" for kind, i in (("best", best), ("worst", worst))]
+    labels = [
+        f"{kind}: instance {i}, {'' if good[i] else 'not '}recovered" for kind, i in (("best", best), ("worst", worst))
+    ]
     shown = ([best, worst], labels) if best != worst else ([best], labels[:1])
     panels = {"fastapd, best": (weight[best], parts[best]), "fastapd, worst": (weight[worst], parts[worst])}
     panels |= {name: (weight[best], d.parts("linear1")[best]) for name, d in others.items()}
@@ -232,7 +234,12 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
             **{name: getattr(result, name).tolist() for name in ("mmcs", "ml2r", "leak", "unique", "dead")},
             **{name: value.tolist() for name, value in scores.items()},
             "baselines": {
-                name: {"mmcs": r.mmcs.tolist(), "ml2r": r.ml2r.tolist(), "leak": r.leak.tolist(), "unique": r.unique.tolist()}
+                name: {
+                    "mmcs": r.mmcs.tolist(),
+                    "ml2r": r.ml2r.tolist(),
+                    "leak": r.leak.tolist(),
+                    "unique": r.unique.tolist(),
+                }
                 for name, (r, _) in other_scores.items()
             },
         },

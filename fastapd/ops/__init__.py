@@ -1,4 +1,4 @@
-"""The public hot operations. Each has one file here; the same stem names its reference, kernels, tests and benchmark."""
+"""The public hot operations, one file each; the same stem names an op's reference, kernels, tests and benchmark."""
 
 from fastapd.ops._attribution_reduce import attribution_reduce as attribution_reduce
 from fastapd.ops._batch_topk import Selection as Selection

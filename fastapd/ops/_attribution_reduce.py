@@ -32,7 +32,10 @@ def _check_layers(xs: Sequence[Tensor], gs: Sequence[Tensor], As: Sequence[Tenso
         instances = _check.factors(_OP, A, B, (names["As"], names["Bs"]))
         _check.tensors(_OP, **{names["As"]: A, names["xs"]: x, names["gs"]: g})
         extra = 1 if instances else 0
-        for name, t, axes, n in ((names["xs"], x, "batch, d_in", 2), (names["gs"], g, "batch or 1, n_outputs, d_out", 3)):
+        for name, t, axes, n in (
+            (names["xs"], x, "batch, d_in", 2),
+            (names["gs"], g, "batch or 1, n_outputs, d_out", 3),
+        ):
             if t.dim() != n + extra:
                 raise ValueError(
                     f"{_OP}: {name} must have shape {'[n_instances, ' if instances else '['}{axes}] "

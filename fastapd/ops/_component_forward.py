@@ -168,7 +168,9 @@ def cpu_forward_selected(x: Tensor, A: Tensor, B: Tensor, *selection: Tensor) ->
     )
     addresses = [t.data_ptr() for t in selection]
     threads = torch.get_num_threads()
-    run(x.data_ptr(), At.data_ptr(), B.data_ptr(), addresses, u.data_ptr(), y.data_ptr(), _sizes(x, B, n_pairs), threads)
+    run(
+        x.data_ptr(), At.data_ptr(), B.data_ptr(), addresses, u.data_ptr(), y.data_ptr(), _sizes(x, B, n_pairs), threads
+    )
     return y, u
 
 
@@ -192,7 +194,9 @@ def cpu_forward_selected_backward(
     grad_y, x, At, B, u = grad_y.contiguous(), x.contiguous(), A.mT.contiguous(), B.contiguous(), u.contiguous()
     selection = [t.contiguous() for t in (sample, offsets, component, sample_offsets, position)]
     outputs = _backward_fake(grad_y, x, A, B, u, *selection, need_x, need_A, need_B)
-    grad_x, grad_At, grad_B = (t.data_ptr() if need else 0 for t, need in zip(outputs, (need_x, need_A, need_B), strict=True))
+    grad_x, grad_At, grad_B = (
+        t.data_ptr() if need else 0 for t, need in zip(outputs, (need_x, need_A, need_B), strict=True)
+    )
     grad_u = torch.empty_like(u)
     run = (
         native.component_forward_selected_backward_float32
@@ -240,9 +244,7 @@ def _selected_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> N
 
 def _selected_backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     need_x, need_A, need_B = ctx.needs_input_grad[:3]
-    grad_x, grad_At, grad_B = _component_forward_selected_backward(
-        grad_y, *ctx.saved_tensors, need_x, need_A, need_B
-    )
+    grad_x, grad_At, grad_B = _component_forward_selected_backward(grad_y, *ctx.saved_tensors, need_x, need_A, need_B)
     return grad_x if need_x else None, grad_At.mT if need_A else None, grad_B if need_B else None, *[None] * 5
 
 

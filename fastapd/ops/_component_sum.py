@@ -99,7 +99,11 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | N
 
 
 _component_sum_loss = define(
-    "component_sum_loss", "(Tensor A, Tensor B, Tensor target) -> (Tensor, Tensor)", _loss_fake, _save_loss, _loss_backward
+    "component_sum_loss",
+    "(Tensor A, Tensor B, Tensor target) -> (Tensor, Tensor)",
+    _loss_fake,
+    _save_loss,
+    _loss_backward,
 )
 
 

@@ -1,0 +1,451 @@
+"""Cases, inputs and tolerances shared by tests/ and bench/: what an op is given, and when its answer is close enough.
+
+The oracle is the reference in float64 on the same numbers. Its gradients come from autograd through the reference, not
+from the formulas in `fastapd.ops`, so those are tested too. Arguments of an op are those of its public function; the
+two forms of `schatten_factored` go by the names of their torch ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastapd import backends, ops
+from fastapd.reference import attribution_reduce as reference_attribution
+from fastapd.reference import batch_topk as reference_topk
+from fastapd.reference import batched_svd as reference_svd
+from fastapd.reference import component_forward as reference_forward
+from fastapd.reference import component_sum as reference_sum
+
+P, EPS = 0.9, 1e-16
+"""The exponent and the epsilon of the Schatten cases."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one layer and its batch; `attribution_reduce` gets a second layer back from d_out to d_in.
+
+    Attributes:
+        n_outputs: How many outputs of the target `attribution_reduce` sums over.
+        k: How many components each sample selects on average.
+        tied: Whether the second layer is the first with the roles of A and B swapped.
+    """
+
+    name: str
+    n_instances: int
+    batch: int
+    n_components: int
+    rank: int
+    d_in: int
+    d_out: int
+    n_outputs: int
+    k: float = 1.0
+    tied: bool = False
+
+    @property
+    def n_pairs(self) -> int:
+        return int(self.k * self.batch)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("tms", 12, 256, 5, 3, 5, 2, n_outputs=5, tied=True),
+        Case("tms_40", 3, 128, 40, 11, 40, 10, n_outputs=40, tied=True),
+        Case("resid", 1, 64, 30, 6, 50, 20, n_outputs=50, k=1.28),
+        Case("odd", 2, 37, 13, 7, 17, 1, n_outputs=3, k=2.5),
+        Case("rank1", 2, 29, 7, 1, 11, 19, n_outputs=6, k=1.5),
+        Case("single", 2, 16, 1, 5, 6, 9, n_outputs=2, k=0.5),
+        Case("empty_batch", 2, 0, 4, 3, 5, 6, n_outputs=2),
+        Case("wide", 1, 33, 6, 5, 131, 100, n_outputs=3, k=2.0),
+    )
+}
+
+
+class _Source:
+    """Random tensors: drawn in float64 on the CPU, so that a seed means the same numbers in every dtype and place."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, device: str | torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return (scale * drawn).to(self.device, self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return drawn.to(self.device, self.dtype)
+
+    def inputs(self, case: Case, d_in: int) -> Tensor:
+        """Activations [I, b, d_in] of which about half are zero, as after a ReLU."""
+        return self.normal(case.n_instances, case.batch, d_in).relu_()
+
+    def factors(self, case: Case, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+        """A [I, C, d_in, m], the transposed view of the house layout, and B [I, C, m, d_out]."""
+        leading = (case.n_instances, case.n_components, case.rank)
+        At = self.normal(*leading, d_in, scale=d_in**-0.5)
+        return At.mT, self.normal(*leading, d_out, scale=case.rank**-0.5)
+
+    def scores(self, case: Case) -> Tensor:
+        return self.normal(case.n_instances, case.batch, case.n_components).square_()
+
+
+def _sum_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    return source.factors(case, case.d_in, case.d_out)
+
+
+def _loss_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    return A, B, source.normal(case.n_instances, case.d_in, case.d_out)
+
+
+def _forward_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    mask = source.uniform(case.n_instances, case.batch, case.n_components)
+    return source.inputs(case, case.d_in), A, B, mask
+
+
+def _selected_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    selection = ops.Selection(*reference_topk.batch_topk(source.scores(case), case.n_pairs))
+    return source.inputs(case, case.d_in), A, B, selection
+
+
+def _attribution_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    second = (B.mT, A.mT) if case.tied else source.factors(case, case.d_out, case.d_in)
+    xs = [source.inputs(case, case.d_in), source.inputs(case, case.d_out)]
+    # behind the last layer the gradients of a linear output are the same for all samples
+    g_batch = case.batch if case.tied else 1
+    gs = [
+        source.normal(case.n_instances, case.batch, case.n_outputs, case.d_out),
+        source.normal(case.n_instances, g_batch, case.n_outputs, case.d_in),
+    ]
+    return xs, gs, [A, second[0]], [B, second[1]]
+
+
+def _schatten_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    *_, A, B, selection = _selected_inputs(case, source)
+    return A, B, selection.counts, P, EPS, case.batch
+
+
+def _schatten_masked_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    _, A, B, mask = _forward_inputs(case, source)
+    return A, B, mask, P, EPS
+
+
+class _Op(NamedTuple):
+    public: Callable[..., Any]
+    reference: Callable[..., Any]  # of arguments that have the instance axis
+    inputs: Callable[[Case, _Source], tuple[Any, ...]]
+    differentiable: tuple[int, ...]  # which arguments have gradients
+    n_terms: Callable[..., int]  # of the arguments: how many additions a value or gradient goes through
+
+
+def _reference_schatten(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None) -> Tensor:
+    return reference_svd.schatten_factored(A, B, counts, p, eps, -1 if batch is None else batch)
+
+
+def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
+    return A.shape[-3] * A.shape[-1] + A.shape[-2] + B.shape[-1]
+
+
+def _terms_forward(x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> int:
+    return _terms_factors(A, B) + x.shape[-2]
+
+
+def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> int:
+    return sum(sum(t.shape[-2:]) for t in (*xs, *gs)) + sum(A.shape[-1] for A in As)
+
+
+_OPS = {
+    "component_sum": _Op(
+        ops.component_sum,
+        reference_sum.component_sum,
+        _sum_inputs,
+        (0, 1),
+        _terms_factors,
+    ),
+    "component_sum_loss": _Op(
+        ops.component_sum_loss,
+        reference_sum.component_sum_loss,
+        _loss_inputs,
+        (0, 1, 2),
+        lambda A, B, target: _terms_factors(A, B) + A.shape[-2] * B.shape[-1],
+    ),
+    "component_forward": _Op(
+        ops.component_forward,
+        lambda x, A, B, mask=None: reference_forward.component_forward(x, A, B, mask),
+        _forward_inputs,
+        (0, 1, 2, 3),
+        _terms_forward,
+    ),
+    "component_forward_selected": _Op(
+        ops.component_forward_selected,
+        lambda x, A, B, selection: reference_forward.component_forward_selected(x, A, B, *selection)[0],
+        _selected_inputs,
+        (0, 1, 2),
+        _terms_forward,
+    ),
+    "attribution_reduce": _Op(
+        ops.attribution_reduce,
+        reference_attribution.attribution_reduce,
+        _attribution_inputs,
+        (2, 3),
+        _terms_attribution,
+    ),
+    "batch_topk": _Op(
+        ops.batch_topk,
+        reference_topk.batch_topk,
+        lambda case, source: (source.scores(case), case.n_pairs),
+        (),
+        lambda scores, K: 0,
+    ),
+    "sample_topk": _Op(
+        ops.sample_topk,
+        reference_topk.sample_topk,
+        lambda case, source: (source.scores(case), min(2, case.n_components)),
+        (),
+        lambda scores, K: 0,
+    ),
+    "schatten_factored": _Op(
+        ops.schatten_factored,
+        _reference_schatten,
+        _schatten_inputs,
+        (0, 1),
+        _terms_factors,
+    ),
+    "schatten_factored_masked": _Op(
+        ops.schatten_factored,
+        reference_svd.schatten_factored_masked,
+        _schatten_masked_inputs,
+        (0, 1, 2),
+        lambda A, B, mask, *rest: _terms_factors(A, B) + mask.shape[-2] * mask.shape[-1] * A.shape[-1],
+    ),
+}
+
+
+def cpu_backends(op: str) -> list[str]:
+    """The backends that exist for an op and run on CPU tensors."""
+    return [b for b in ("cpu", "reference") if b in backends.TABLE[op]]
+
+
+def pairs(*names: str) -> list[tuple[str, str]]:
+    """Each of the ops with each of its CPU backends."""
+    return [(op, backend) for op in names for backend in cpu_backends(op)]
+
+
+def inputs(
+    op: str,
+    case: str | Case,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[Any, ...]:
+    """The arguments of the op's public function for a case, factors in the house layout."""
+    case = CASES[case] if isinstance(case, str) else case
+    return _OPS[op].inputs(case, _Source(dtype, seed, device))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_of(v)]
+    return []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nest with every tensor replaced by the function of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, ops.Selection):
+        return ops.Selection(*(function(t) for t in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, v) for v in value)
+    return value
+
+
+def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    return map_tensors(lambda t: function(t) if t.is_floating_point() else t, value)
+
+
+class Answer(NamedTuple):
+    """What an op returned, as a list of tensors, and the gradients of its differentiable arguments."""
+
+    outputs: list[Tensor]
+    grads: list[Tensor]
+
+
+def _answer(function: Callable[..., Any], op: str, args: Sequence[Any], cotangents: list[Tensor] | None) -> Answer:
+    if cotangents is None:
+        with torch.no_grad():
+            return Answer(tensors_of(function(*args)), [])
+    where = _OPS[op].differentiable
+    args = [map_tensors(lambda t: t.detach().requires_grad_(), a) if i in where else a for i, a in enumerate(args)]
+    leaves = [t for i in where if i < len(args) for t in tensors_of(args[i])]
+    outputs = tensors_of(function(*args))
+    roots = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not leaves or not roots:
+        return Answer([o.detach() for o in outputs], [torch.zeros_like(t) for t in leaves])
+    grads = torch.autograd.grad(
+        [o for o, _ in roots], leaves, [c for _, c in roots], allow_unused=True, materialize_grads=True
+    )
+    return Answer([o.detach() for o in outputs], list(grads))
+
+
+def run(op: str, args: Sequence[Any], cotangents: list[Tensor] | None = None) -> Answer:
+    """Calls the op's public function; with cotangents, one for each output, the gradients as well."""
+    return _answer(_OPS[op].public, op, args, cotangents)
+
+
+def random_cotangents(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    return [d.to(o.device, o.dtype) for d, o in zip(drawn, outputs, strict=True)]
+
+
+def reference(op: str, args: Sequence[Any], cotangents: list[Tensor] | None = None) -> Answer:
+    """The reference at the dtype of the arguments, called directly and differentiated by autograd."""
+
+    def function(*args: Any) -> Any:
+        widest = 3 if op.endswith("topk") else 4
+        if max(t.dim() for t in tensors_of(args)) == widest:
+            return _OPS[op].reference(*args)
+        outputs = _OPS[op].reference(*map_tensors(lambda t: t.unsqueeze(0), list(args)))
+        return map_tensors(lambda t: t.squeeze(0), outputs)
+
+    return _answer(function, op, args, cotangents)
+
+
+def oracle(op: str, args: Sequence[Any], cotangents: list[Tensor] | None = None) -> Answer:
+    """The reference in float64."""
+    return reference(op, *map_floats(Tensor.double, (list(args), cotangents)))
+
+
+def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] | None) -> Answer:
+    """Σ|terms| of every value: the oracle on absolute values, where nothing cancels."""
+    args, cotangents = map_floats(lambda t: t.double().abs(), (list(args), cotangents))
+    if op == "component_sum_loss":  # which subtracts its target
+        args[2] = -args[2]
+    found = reference(op, args, cotangents)
+    return Answer([t.abs() for t in found.outputs], [t.abs() for t in found.grads])
+
+
+def _assert_close(what: str, got: Tensor, exact: Tensor, own: Tensor, bound: Tensor | None) -> None:
+    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, not {list(exact.shape)}"
+    assert got.dtype == own.dtype, f"{what}: dtype {got.dtype}, not {own.dtype}"
+    if not got.is_floating_point():
+        assert torch.equal(got, own), f"{what}: {int((got != own).sum())} of {got.numel()} integers differ"
+        return
+    limits = torch.finfo(got.dtype)
+    wide = got.double()
+    assert torch.equal(wide.isnan(), exact.isnan()), f"{what}: NaN where the oracle has none, or none where it has"
+    assert torch.equal(wide[exact.isinf()], exact[exact.isinf()]), f"{what}: infinities differ"
+    sound = exact.abs() <= limits.max  # what float64 can represent and this dtype too
+    assert wide[sound].isfinite().all(), f"{what}: not finite where the oracle is"
+    error, own_error, exact = (wide - exact)[sound].abs(), (own.double() - exact)[sound].abs(), exact[sound]
+    if error.numel() == 0:
+        return
+    if bound is not None:
+        over = ~(error <= bound[sound])
+        assert not over.any(), f"{what}: {int(over.sum())} values beyond the bound, worst error {error.max():.3e}"
+        return
+    for name, size in (("max", lambda t: t.max().item()), ("rms", lambda t: t.square().mean().sqrt().item())):
+        allowed = 2 * size(own_error) + 4 * limits.eps * size(exact.abs())
+        assert size(error) <= allowed, (
+            f"{what}: {name} error {size(error):.3e}, allowed {allowed:.3e}; the reference's own {size(own_error):.3e}"
+        )
+
+
+def _assert_parallel(what: str, got: Tensor, exact: Tensor, own: Tensor) -> None:
+    """Gradients point the same way; one that is zero is exactly zero."""
+    got, exact, own, eps = got.double(), exact.double(), own.double(), torch.finfo(got.dtype).eps
+    if not exact.any() or not exact.isfinite().all():
+        assert exact.any() or not got.any(), f"{what}: the gradient is zero, got up to {got.abs().max():.3e}"
+        return
+
+    def turn(t: Tensor) -> float:  # 1 - cosine, without cancellation
+        return (t / t.norm() - exact / exact.norm()).square().sum().item() / 2
+
+    allowed = 2 * turn(own) + (32 * eps) ** 2 + 1e-14
+    assert turn(got) <= allowed, f"{what}: 1 - cosine {turn(got):.3e}, allowed {allowed:.3e}"
+
+
+def assert_matches_reference(
+    op: str,
+    outputs: Any,
+    args: Sequence[Any],
+    backend: str,
+    *,
+    grads: Sequence[Tensor] | None = None,
+    cotangents: list[Tensor] | None = None,
+) -> None:
+    """Holds a backend's answer against the reference in float64.
+
+    Integers are equal. In float64 an error is at most 8 eps n Σ|terms|, value by value. Below, its maximum and its root
+    mean square are at most twice those of the reference at that dtype, plus 4 eps of the maximum and the root mean
+    square of the values. NaN and infinity stand where the oracle has them, and nowhere else where the dtype can
+    represent the result. Gradients are held to the same and to their direction.
+
+    Args:
+        outputs: What the op returned: a tensor, or a nest of them.
+        args: The arguments it was given.
+        backend: Named in the message.
+        grads: The gradients of the differentiable arguments, in order.
+        cotangents: The gradients of the outputs that they came from.
+
+    Raises:
+        AssertionError: With the op, the backend, the value that differs and by how much.
+    """
+    exact, own = oracle(op, args, cotangents), reference(op, args, cotangents)
+    found = Answer(tensors_of(outputs), list(grads or []))
+    bounds: Answer | None = None
+    if any(t.dtype == torch.float64 for t in found.outputs):
+        factor = 8 * torch.finfo(torch.float64).eps * _OPS[op].n_terms(*args)
+        bounds = Answer(*([factor * t for t in ts] for ts in _sums_of_magnitudes(op, args, cotangents)))
+    for kind in ("outputs", "grads") if grads is not None else ("outputs",):
+        three = [getattr(answer, kind) for answer in (found, exact, own)]
+        assert len(three[0]) == len(three[1]), f"{op} on {backend}: {len(three[0])} {kind}, not {len(three[1])}"
+        for i, (got, true, ours) in enumerate(zip(*three, strict=True)):
+            what = f"{op} on {backend}, {kind}[{i}]"
+            _assert_close(what, got, true, ours, None if bounds is None else getattr(bounds, kind)[i])
+            if kind == "grads":
+                _assert_parallel(what, got, true, ours)
+
+
+def assert_bit_equal(got: Any, wanted: Any) -> None:
+    """Two nests of tensors hold the same bits, NaN and the sign of zero included."""
+    ours, theirs = tensors_of(got), tensors_of(wanted)
+    assert len(ours) == len(theirs), f"{len(ours)} tensors, not {len(theirs)}"
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), f"tensor {i}: {a.shape} {a.dtype}, not {b.shape} {b.dtype}"
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+        assert torch.equal(*bits), f"tensor {i}: {int((bits[0] != bits[1]).sum())} bytes differ"
+
+
+def _strided(t: Tensor) -> Tensor:
+    return t.new_empty(*t.shape[:-1], 2 * t.shape[-1])[..., ::2].copy_(t)
+
+
+def _sliced(t: Tensor) -> Tensor:
+    larger = t.new_empty([n + 3 for n in t.shape])
+    return larger[tuple(slice(1, 1 + n) for n in t.shape)].copy_(t)
+
+
+def _offset(t: Tensor) -> Tensor:
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+
+
+VIEWS = {"strided": _strided, "sliced": _sliced, "offset": _offset, "transposed": _transposed}
+"""The same values in other places: every second element, a window, one element off alignment, the other order."""
