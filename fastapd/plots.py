@@ -149,7 +149,7 @@ def recovery_heatmap(panels: Mapping[str, tuple[Float[Tensor, "F H"], Float[Tens
 
     if not panels:
         raise ValueError("recovery_heatmap: panels must hold at least one decomposition, got none")
-    columns = min(len(panels), 4)
+    columns = min(len(panels), 5 if len(panels) == 5 else 4)
     lines = math.ceil(len(panels) / columns)
     cell = _WIDTH / max(columns, 3)
     fig = Figure(figsize=(cell * columns + 0.8, (cell + 0.35) * lines), layout="constrained")

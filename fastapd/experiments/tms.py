@@ -208,7 +208,8 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
             published.append((name, f"{value:.3f}, one chosen instance", spread))
     weight, parts = decomposition.model.weights["linear1"], decomposition.parts("linear1")
     labels = [
-        f"{kind}: instance {i}, {'' if good[i] else 'not '}recovered" for kind, i in (("best", best), ("worst", worst))
+        f"{kind}, instance {i}\n{'recovered' if good[i] else 'not recovered'}"
+        for kind, i in (("best", best), ("worst", worst))
     ]
     shown = ([best, worst], labels) if best != worst else ([best], labels[:1])
     panels = {"fastapd, best": (weight[best], parts[best]), "fastapd, worst": (weight[worst], parts[worst])}
