@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,15 +183,15 @@ def decompose(
     targets: Sequence[str],
     C: int,
     *,
-    method: APD,
-    optimiser: Optimiser,
-    steps: int,
+    method: APD | None = None,
+    optimiser: Optimiser | None = None,
+    steps: int = 10_000,
     rank: int | None = None,
     init: Components | None = None,
     init_scale: float = 1.0,
     seed: int = 0,
     activations: Activations | None = None,
-    run: RunDirectory | None = None,
+    out: RunDirectory | str | Path | None = None,
     log_every: int = 100,
     progress: bool = False,
 ) -> Decomposition:
@@ -202,15 +203,16 @@ def decompose(
             Started again when it ends.
         targets: fnmatch patterns over the target's module names: the layers to decompose.
         C: Number of components.
-        method: What is optimised.
-        optimiser: Learning rate and schedule.
+        method: What is optimised; None for `APD(topk=1.0)`.
+        optimiser: Learning rate and schedule; None for 1e-3, cosine, 5 % warm-up.
         steps: Optimisation steps; one more batch is drawn for the last row of metrics.
         rank: Of each component; None for full rank.
         init: Initial components; None draws them from `seed`.
         init_scale: Of drawn components.
         seed: Of the initial components.
         activations: For the activation term, what to apply to each compared site's output.
-        run: Where to write metrics, the components and how far the run came; None writes nothing.
+        out: The run directory to write metrics, components and status to, which must not hold anything yet, or one
+            that was made already; None writes nothing.
         log_every: Steps between two rows of metrics.
         progress: Whether to show a progress bar.
 
@@ -219,9 +221,16 @@ def decompose(
 
     Raises:
         ValueError: If a target matches nothing or the data has the wrong shape.
+        FileExistsError: If `out` is taken.
         DivergedError: If a loss becomes NaN or infinite.
         KeyboardInterrupt: As it came, after the run directory was brought up to date.
     """
+    from fastapd._rundir import RunDirectory
+    from fastapd.config import APD, Optimiser
+
+    method = method or APD(topk=1.0)
+    optimiser = optimiser or Optimiser(lr=1e-3, schedule="cosine", warmup=0.05)
+    run = RunDirectory.create(out, "decompose") if isinstance(out, (str, Path)) else out
     sites = find_sites(target, targets)
     first = sites[0].weight
     if init is None:

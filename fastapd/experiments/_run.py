@@ -122,7 +122,7 @@ def run_experiment(
                 optimiser=config.optimiser,
                 steps=config.steps,
                 init=components,
-                run=run,
+                out=run,
                 log_every=config.log_every,
                 progress=progress,
             )

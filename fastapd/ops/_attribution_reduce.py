@@ -21,6 +21,9 @@ CPU_LIMIT = 8192
 
 
 def _check_layers(xs: Sequence[Tensor], gs: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]) -> bool:
+    for name, layers in (("xs", xs), ("gs", gs), ("As", As), ("Bs", Bs)):
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(f"{_OP}: {name} must be a list of tensors, one a layer, got {type(layers).__name__}")
     if not len(xs) == len(gs) == len(As) == len(Bs) or len(xs) == 0:
         raise ValueError(
             f"{_OP}: xs, gs, As and Bs must have one tensor for each layer, "

@@ -1,0 +1,208 @@
+"""component_sum and component_sum_loss: W = sum_c A_c B_c, and its squared distance to a target."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastapd import ops, testing
+
+OPS = ("component_sum", "component_sum_loss")
+TINY = testing.Case("tiny", 2, 0, 3, 2, 3, 2, n_outputs=0)
+both = pytest.mark.parametrize("op, backend", testing.pairs(*OPS), indirect=["backend"])
+
+
+def doubles(op: str) -> list[Tensor]:
+    return [t.requires_grad_() for t in testing.inputs(op, TINY, torch.float64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@both
+def test_component_sum_matches_the_reference(op, backend, case, dtype):
+    args = testing.inputs(op, case, dtype)
+    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+    outputs, grads = testing.run(op, args, cotangents)
+    testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@both
+def test_component_sum_takes_half_precision(op, backend, dtype):
+    args = testing.inputs(op, "tms_40", dtype)
+    testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+
+
+@both
+def test_component_sum_passes_gradcheck(op, backend):
+    assert gradcheck(getattr(ops, op), doubles(op))
+
+
+@both
+def test_component_sum_is_twice_differentiable(op, backend):
+    assert gradgradcheck(getattr(ops, op), doubles(op))
+
+
+def test_component_sum_loss_gradient_comes_from_either_output():
+    args = testing.inputs("component_sum_loss", TINY, torch.float64)
+    for used in (0, 1):
+        exact = testing.oracle("component_sum_loss", args)
+        cotangents = [torch.zeros_like(t) if i != used else torch.ones_like(t) for i, t in enumerate(exact.outputs)]
+        leaves = [t.detach().requires_grad_() for t in args]
+        ops.component_sum_loss(*leaves)[used].sum().backward()
+        wanted = testing.oracle("component_sum_loss", args, cotangents).grads
+        for leaf, grad in zip(leaves, wanted, strict=True):
+            torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
+
+
+def test_component_sum_gradient_goes_only_where_asked():
+    A, B, target = testing.inputs("component_sum_loss", TINY)
+    A.requires_grad_()
+    ops.component_sum_loss(A, B, target)[0].sum().backward()
+    assert A.grad is not None and B.grad is None and target.grad is None
+
+
+@both
+def test_component_sum_passes_opcheck(op, backend):
+    torch.library.opcheck(getattr(torch.ops.fastapd, op), tuple(doubles(op)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_component_sum_compiles_to_one_graph(op):
+    args = testing.inputs(op, "rank1")
+    wanted = testing.run(op, args, [torch.ones_like(t) for t in testing.run(op, args).outputs])
+    leaves = [t.detach().requires_grad_() for t in args]
+    outputs = testing.tensors_of(torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")(*leaves))
+    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    testing.assert_bit_equal([*outputs, *(t.grad for t in leaves)], [*wanted.outputs, *wanted.grads])
+
+
+@both
+def test_component_sum_needs_no_instance_axis(op, backend):
+    args = testing.inputs(op, "odd", torch.float64)
+    one = testing.map_tensors(lambda t: t[0], args)
+    cotangents = testing.random_cotangents(testing.run(op, one).outputs)
+    outputs, grads = testing.run(op, one, cotangents)
+    testing.assert_matches_reference(op, outputs, one, backend, grads=grads, cotangents=cotangents)
+    first = testing.run(op, testing.map_tensors(lambda t: t[:1], args), [c.unsqueeze(0) for c in cotangents])
+    testing.assert_bit_equal((outputs, grads), testing.map_tensors(lambda t: t[0], tuple(first)))
+
+
+@pytest.mark.parametrize("view", testing.VIEWS)
+@both
+def test_component_sum_takes_any_strides(op, backend, view):
+    args = testing.inputs(op, "odd")
+    wanted = testing.run(op, args).outputs
+    found = testing.run(op, testing.map_tensors(testing.VIEWS[view], args)).outputs
+    testing.assert_matches_reference(op, found, args, backend)
+    testing.assert_bit_equal(found, wanted)
+
+
+@both
+def test_component_sum_takes_expanded_factors(op, backend):
+    expanded = testing.map_tensors(lambda t: t[:1].expand(3, *t.shape[1:]), testing.inputs(op, "odd"))
+    dense = testing.map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), expanded)
+    testing.assert_bit_equal(testing.run(op, expanded).outputs, testing.run(op, dense).outputs)
+
+
+@both
+def test_component_sum_leaves_its_inputs_alone(op, backend):
+    args = testing.inputs(op, "tms_40")
+    before = testing.map_tensors(torch.clone, args)
+    outputs = testing.run(op, args).outputs
+    testing.run(op, args, testing.random_cotangents(outputs))
+    testing.assert_bit_equal(args, before)
+
+
+@both
+def test_component_sum_repeats_bit_for_bit(op, backend):
+    args = testing.inputs(op, "resid")
+    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+    first = testing.run(op, args, cotangents)
+    for _ in range(20):
+        testing.assert_bit_equal(testing.run(op, args, cotangents), first)
+
+
+@pytest.mark.parametrize("empty", ["n_instances", "n_components", "rank", "d_in", "d_out"])
+@both
+def test_component_sum_of_nothing_is_zero(op, backend, empty):
+    sizes = {"n_instances": 2, "n_components": 3, "rank": 2, "d_in": 4, "d_out": 5} | {empty: 0}
+    args = testing.inputs(op, testing.Case("", batch=0, n_outputs=0, **sizes), torch.float64)
+    cotangents = [torch.ones_like(t) for t in testing.run(op, args).outputs]
+    outputs, grads = testing.run(op, args, cotangents)
+    testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
+
+
+def test_component_sum_under_autocast_keeps_its_dtype():
+    args = testing.inputs("component_sum_loss", "odd")
+    wanted = testing.run("component_sum_loss", args).outputs
+    with torch.autocast("cpu", torch.bfloat16):
+        testing.assert_bit_equal(testing.run("component_sum_loss", args).outputs, wanted)
+
+
+A = torch.zeros(2, 3, 4, 2)
+B = torch.zeros(2, 3, 2, 5)
+TARGET = torch.zeros(2, 4, 5)
+FACTORS = [
+    (ValueError, A[0, 0], B, "A must have shape [n_components, d_in, rank] or [n_instances, n_components, d_in, rank], "
+     "got [4, 2]"),
+    (ValueError, A[None], B, "A must have shape [n_components, d_in, rank] or [n_instances, n_components, d_in, rank], "
+     "got [1, 2, 3, 4, 2]"),
+    (ValueError, A[0], B, "B must have shape [n_components, rank, d_out] like A, got A [3, 4, 2] and B [2, 3, 2, 5]"),
+    (ValueError, A, B[0], "B must have shape [n_instances, n_components, rank, d_out] like A, "
+     "got A [2, 3, 4, 2] and B [3, 2, 5]"),
+    (ValueError, A, B[:1], "A and B must share n_instances, got A [2, 3, 4, 2] and B [1, 3, 2, 5]"),
+    (ValueError, A, B[:, :2], "A and B must share n_components, got A [2, 3, 4, 2] and B [2, 2, 2, 5]"),
+    (ValueError, A, B[:, :, :1], "A and B must share rank, got A [2, 3, 4, 2] and B [2, 3, 1, 5]"),
+    (TypeError, A.int(), B, "A must be float32, float64, float16 or bfloat16, got torch.int32"),
+    (TypeError, A.bool(), B, "A must be float32, float64, float16 or bfloat16, got torch.bool"),
+    (TypeError, A, B.cfloat(), "B must be float32, float64, float16 or bfloat16, got torch.complex64"),
+    (TypeError, A, B.to(torch.float8_e4m3fn), "B must be float32, float64, float16 or bfloat16, got torch.float8_e4m3fn"),
+    (TypeError, A, B.double(), "B must have the dtype of A, torch.float32, got torch.float64"),
+    (TypeError, A.half(), B, "B must have the dtype of A, torch.float16, got torch.float32"),
+    (ValueError, A, B.to("meta"), "B must be on the device of A, cpu, got meta"),
+    (TypeError, A.numpy(), B, "A must be a torch.Tensor, got ndarray"),
+    (TypeError, A.tolist(), B, "A must be a torch.Tensor, got list"),
+    (TypeError, A, None, "B must be a torch.Tensor, got NoneType"),
+    (TypeError, A.to_sparse(), B, "A must be a dense tensor, got layout torch.sparse_coo; call .to_dense()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, A, B, message", FACTORS, ids=[message[:40] for *_, message in FACTORS])
+@pytest.mark.parametrize("op", OPS)
+def test_component_sum_refuses_factors(op, error, A, B, message):
+    arguments = (A, B, TARGET)[: 2 if op == "component_sum" else 3]
+    with pytest.raises(error, match=re.escape(f"{op}: {message}") + "$"):
+        getattr(ops, op)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "error, target, message",
+    [
+        (ValueError, TARGET.mT, "must have the shape of the sum, [2, 4, 5], got [2, 5, 4]"),
+        (ValueError, TARGET[0], "must have the shape of the sum, [2, 4, 5], got [4, 5]"),
+        (TypeError, TARGET.double(), "must have the dtype of A, torch.float32, got torch.float64"),
+        (TypeError, TARGET.int(), "must be float32, float64, float16 or bfloat16, got torch.int32"),
+        (ValueError, TARGET.to("meta"), "must be on the device of A, cpu, got meta"),
+        (TypeError, None, "must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_component_sum_loss_refuses_a_target(error, target, message):
+    with pytest.raises(error, match=re.escape(f"component_sum_loss: target {message}") + "$"):
+        ops.component_sum_loss(A, B, target)
+
+
+def without_the_last(right, A, B, *target):
+    return right(A[:, :-1], B[:, :-1], *target)
+
+
+@both
+def test_component_sum_planted_error_is_found(op, backend, plant):
+    args = testing.inputs(op, "tms_40")
+    plant(op, backend, without_the_last)
+    with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
+        testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
