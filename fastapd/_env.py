@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+
+class SettingError(ValueError):
+    """An environment variable that cannot be used."""
+
+
 _BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -13,7 +18,7 @@ def backend() -> tuple[str, ...] | None:
     names = tuple(name.strip() for name in value.split(","))
     unknown = [name for name in names if name not in _BACKENDS]
     if unknown or ("auto" in names and len(names) > 1):
-        raise ValueError(
+        raise SettingError(
             f"FASTAPD_BACKEND must be auto or a comma-separated list of {', '.join(_BACKENDS[1:])}, got {value!r}"
         )
     return None if names == ("auto",) else names

@@ -54,7 +54,7 @@ def _set_cpu_level(module: ModuleType) -> None:
     if wanted is None:
         return
     if wanted not in module.cpu_levels():
-        raise ValueError(
+        raise _env.SettingError(
             f"FASTAPD_CPU_CAPABILITY must be one of {', '.join(module.cpu_levels())} on this machine, got {wanted!r}"
         )
     module.set_cpu_level(wanted)

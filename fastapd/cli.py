@@ -1,9 +1,8 @@
 """The command line: `fastapd demo`, `fastapd run`, `fastapd info`.
 
 Nothing heavy is imported before the command is known: the environment must be set before torch loads its threads.
+Annotations are evaluated here, not kept as text: tyro reads those of `_run`'s options, whose types are local names.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -65,14 +64,18 @@ def main(argv: list[str] | None = None) -> int:
             f"fastapd: command must be one of {', '.join(commands)}, got {args[0]!r}\n\n{HELP}", end="", file=sys.stderr
         )
         return 2
+    from fastapd._env import SettingError
     from fastapd.config import ConfigError
     from fastapd.training import DivergedError
 
     try:
         return commands[args[0]](args[1:])
-    except (ConfigError, FileExistsError, FileNotFoundError, NotImplementedError, DivergedError) as error:
+    except (ConfigError, SettingError, FileExistsError, FileNotFoundError, NotImplementedError, DivergedError) as error:
         print(f"fastapd: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has gone; so is the place to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("\nfastapd: interrupted; the run directory's status.json says how far it came", file=sys.stderr)
         return 130
@@ -95,7 +98,7 @@ def _demo(args: list[str]) -> int:
 def _run(args: list[str]) -> int:
     import tyro
 
-    from fastapd.config import load
+    from fastapd.config import RunConfig, load
     from fastapd.experiments import get, registered
 
     if not args or args[0] in ("-h", "--help"):
@@ -124,7 +127,7 @@ def _run(args: list[str]) -> int:
     return _experiment(options.config, options.out, None, options.progress)
 
 
-def _experiment(config: RunConfig, out: Path | None, name: str | None, progress: bool) -> int:
+def _experiment(config: "RunConfig", out: Path | None, name: str | None, progress: bool) -> int:
     import torch
 
     import fastapd
@@ -135,7 +138,8 @@ def _experiment(config: RunConfig, out: Path | None, name: str | None, progress:
     threads = torch.get_num_threads()
     print(f"fastapd {fastapd.__version__}   torch {torch.__version__}   {threads} threads   seed {config.seed}")
     scores = torch.zeros(1, 1, 1)
-    native = not backends.explain("batch_topk", scores, 1)["cpu"]
+    forced = backends.forced_backends() or backends.BACKENDS
+    native = "cpu" in forced and not backends.explain("batch_topk", scores, 1)["cpu"]
     print(f"backend        {'CPU kernels' if native else 'plain PyTorch reference'} (`fastapd info` explains)")
     outcome = run_experiment(config, out, name, progress and sys.stderr.isatty(), print)
     check = outcome.check

@@ -97,15 +97,26 @@ class Components(nn.Module):
         Args:
             factors: The factors of the untied layers; copied.
             ties: For each tied layer the one whose transpose it is.
+
+        Raises:
+            ValueError: If there are no factors, a shape does not fit the first layer's, or a tie names no layer.
         """
+        for name, pair in factors.items():
+            if any(factor.dim() != 4 for factor in pair):
+                shapes = " and ".join(str(tuple(factor.shape)) for factor in pair)
+                raise ValueError(f"Components: factors of {name} must have 4 axes, got {shapes}")
         layers = {name: LayerShape(A.shape[2], B.shape[3]) for name, (A, B) in factors.items()}
         for name, owner in (ties or {}).items():
+            if owner not in layers:
+                raise ValueError(f"Components: {name} must be tied to an untied layer, got {owner!r}")
             layers[name] = LayerShape(layers[owner].d_out, layers[owner].d_in, owner)
+        if not layers:
+            raise ValueError("Components: factors must not be empty, got none")
         A, _ = next(iter(factors.values()))
         new = cls(layers, A.shape[1], A.shape[3], A.shape[0], dtype=A.dtype, device=A.device)
         with torch.no_grad():
             for name, (A, B) in factors.items():
-                for own, given in ((new.At[_key(name)], A.mT), (new.B[_key(name)], B)):
+                for own, given in zip(new.factors(name), (A, B), strict=True):
                     if own.shape != given.shape:
                         wanted, got = tuple(own.shape), tuple(given.shape)
                         raise ValueError(f"Components: factors of {name} must have shape {wanted}, got {got}")

@@ -80,15 +80,16 @@ class Decomposition:
         """
         from fastapd import losses, metrics
 
-        target = self.model.record_target(x).output
+        rows = self.model.to_instances
+        target = rows(self.model.record_target(x).output)
         _, selection, masked = self.select(x)
         weights = self.model.weights
         return {
             "faithfulness_error": metrics.relative_faithfulness(
                 weights, {name: self.model.components.weight(name) for name in weights}
             ),
-            "topk_mse": losses.reconstruction(masked.output, target),
-            "full_mse": losses.reconstruction(self.model.forward(x).output, target),
+            "topk_mse": losses.reconstruction(rows(masked.output), target),
+            "full_mse": losses.reconstruction(rows(self.model.forward(x).output), target),
             "l0": metrics.l0(selection.counts, selection.batch),
             "alive": metrics.alive(selection.counts),
         }

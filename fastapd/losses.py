@@ -38,7 +38,8 @@ def reconstruction(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]
         output, target_output: [n_instances, batch, n_outputs], or any shape without the instance axis.
     """
     error = (output - target_output.detach()).square()
-    return error.mean((-2, -1)) if error.dim() == 3 else error.mean().reshape(1)
+    error = error if error.dim() == 3 else error.reshape(1, -1, 1)
+    return error.sum((-2, -1)) / max(error.shape[-2] * error.shape[-1], 1)  # an empty batch has no error
 
 
 def activation_reconstruction(
@@ -62,7 +63,7 @@ def activation_reconstruction(
         width += outputs[name].shape[-1]
     if total is None:
         raise ValueError("activation_reconstruction: activations must name at least one site, got none")
-    return total.mean(-1) / width
+    return total.sum(-1) / max(total.shape[-1] * width, 1)  # an empty batch has no error
 
 
 def simplicity(

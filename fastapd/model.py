@@ -130,13 +130,16 @@ def find_sites(target: nn.Module, patterns: Sequence[str]) -> list[Site]:
 @contextlib.contextmanager
 def _replaced(sites: Sequence[Site], layer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
     """For the length of a with block, each site computes `layer(site, x)`."""
+    own = [site.module.__dict__.get("forward") for site in sites]  # what others put there; usually nothing
     try:
         for site in sites:
             site.module.__dict__["forward"] = lambda x, site=site: layer(site, x)
         yield
     finally:
-        for site in sites:
+        for site, before in zip(sites, own, strict=True):
             site.module.__dict__.pop("forward", None)
+            if before is not None:
+                site.module.__dict__["forward"] = before
 
 
 class Record(NamedTuple):
@@ -177,6 +180,10 @@ class ComponentModel:
     def n_params(self) -> int:
         """Decomposed parameters of one instance; a tied matrix counts as often as it is used."""
         return sum(math.prod(site.weight.shape[1:]) for site in self.sites)
+
+    def to_instances(self, output: Tensor) -> Float[Tensor, "I b o"]:
+        """The target's output with one axis of samples for each instance, whatever axes it has."""
+        return output.reshape(self.components.n_instances, -1, output.shape[-1])
 
     def forward(self, x: Tensor, active: Selection | Tensor | None = None) -> Record:
         """Runs the target on component sums.

@@ -235,6 +235,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             # a constant curve leaves autoscaling nothing to scale to
             low, high = min(drawn), max(drawn)
             ax.set_ylim(low / 1.3, high * 1.3)
+            ax.locator_params(axis="x", nbins=4)
         else:
             ax.set_yscale("linear")
             ax.set_yticks([])

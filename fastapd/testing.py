@@ -88,8 +88,8 @@ class _Source:
     def factors(self, case: Case, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
         """A [I, C, d_in, m], the transposed view of the house layout, and B [I, C, m, d_out]."""
         leading = (case.n_instances, case.n_components, case.rank)
-        At = self.normal(*leading, d_in, scale=d_in**-0.5)
-        return At.mT, self.normal(*leading, d_out, scale=case.rank**-0.5)
+        At = self.normal(*leading, d_in, scale=max(1, d_in) ** -0.5)
+        return At.mT, self.normal(*leading, d_out, scale=max(1, case.rank) ** -0.5)
 
     def scores(self, case: Case) -> Tensor:
         return self.normal(case.n_instances, case.batch, case.n_components).square_()

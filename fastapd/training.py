@@ -93,7 +93,7 @@ def evaluate(
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
     """
     target = model.record_target(x, differentiable=method.attribution == "gradient")
-    output = target.output.detach()
+    output = model.to_instances(target.output.detach())
     full: Record | None = None
     if method.attribution == "activation" or method.output_reconstruction or output_reconstruction:
         full = model.forward(x)
@@ -108,11 +108,11 @@ def evaluate(
     if method.faithfulness:
         terms["faithfulness"] = losses.faithfulness(model.components, model.weights, model.n_params)
     if full is not None and (method.output_reconstruction or output_reconstruction):
-        terms["output_reconstruction"] = losses.reconstruction(full.output, output)
+        terms["output_reconstruction"] = losses.reconstruction(model.to_instances(full.output), output)
     if method.minimality or method.activation_reconstruction:
         masked = model.forward(x, selection)
         if method.minimality:
-            terms["minimality"] = losses.reconstruction(masked.output, output)
+            terms["minimality"] = losses.reconstruction(model.to_instances(masked.output), output)
         if method.activation_reconstruction:
             acts = activations or {name: _identity for name in masked.outputs}
             terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)
@@ -150,7 +150,8 @@ def train_step(
     optimiser.zero_grad(set_to_none=True)
     step = evaluate(model, method, x, activations)
     if step.total.requires_grad:
-        step.total.backward()
+        # only the components: whatever else of the target requires gradients is left alone
+        step.total.backward(inputs=list(model.components.parameters()))
         if method.unit_norm:
             model.components.tangent_gradients_()
         optimiser.step()
@@ -230,7 +231,6 @@ def decompose(
 
     method = method or APD(topk=1.0)
     optimiser = optimiser or Optimiser(lr=1e-3, schedule="cosine", warmup=0.05)
-    run = RunDirectory.create(out, "decompose") if isinstance(out, (str, Path)) else out
     sites = find_sites(target, targets)
     first = sites[0].weight
     if init is None:
@@ -243,6 +243,8 @@ def decompose(
         raise ValueError(f"decompose: init must have C = {C} components, got {init.n_components}")
     model = ComponentModel(target, sites, init)
     result = Decomposition(model, method)
+    # Claimed when nothing above was refused, so that the same path can be given again.
+    run = RunDirectory.create(out, "decompose") if isinstance(out, (str, Path)) else out
     adam = make_optimiser(init)
     batches = _forever(data)
     started = time.perf_counter()
@@ -295,4 +297,6 @@ def decompose(
         if run is not None:
             result.save(run)
             run.set_status(state, index, steps, message)  # type: ignore[arg-type]
+            if run is not out:
+                run.close()
     return result

@@ -19,7 +19,7 @@ from fastapd.decomposition import Decomposition
 from fastapd.experiments import family
 from fastapd.experiments._check import Check
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import decompose, evaluate
+from fastapd.training import Step, decompose, evaluate
 
 
 class Outcome(NamedTuple):
@@ -34,24 +34,33 @@ class Outcome(NamedTuple):
 def self_check(model: ComponentModel, config: RunConfig, x: torch.Tensor) -> str:
     """One batch through the backends in use and through the plain PyTorch reference; says how far they are apart.
 
+    Compared by norm: attributions, what every site computes from the selected components, and the terms of the loss.
+
     Raises:
-        RuntimeError: If attributions, or losses under equal selections, differ by more than rounding.
+        RuntimeError: If they differ by more than rounding can explain.
     """
-    step = evaluate(model, config.method, x)
-    with backends.use_backend("reference"):
-        oracle = evaluate(model, config.method, x)
-    limit = 1e-4 if x.dtype == torch.float32 else 1e-9
+
+    def compute() -> tuple[Step, dict[str, torch.Tensor]]:
+        step = evaluate(model, config.method, x)
+        return step, model.forward(x, step.selection).outputs
 
     def apart(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny))
 
-    attribution_error = apart(step.attributions, oracle.attributions)
+    step, outputs = compute()
+    with backends.use_backend("reference"):
+        oracle, oracle_outputs = compute()
+    errors = {"attributions": apart(step.attributions, oracle.attributions)}
     different = int((step.selection.mask != oracle.selection.mask).sum())
-    loss_error = max((apart(step.terms[name], oracle.terms[name]) for name in oracle.terms), default=0.0)
-    said = f"attributions {attribution_error:.1e}, losses {loss_error:.1e}, {different} pairs selected differently"
-    if not attribution_error <= limit or (different == 0 and not loss_error <= limit):
+    if different == 0:
+        errors["selected outputs"] = max(apart(outputs[name], oracle_outputs[name]) for name in outputs)
+        errors["losses"] = max((apart(step.terms[name], oracle.terms[name]) for name in oracle.terms), default=0.0)
+    limit = 1e-4 if x.dtype == torch.float32 else 1e-9
+    said = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+    said += ", selections equal" if different == 0 else f", {different} pairs selected differently"
+    if any(not error <= limit for error in errors.values()):
         raise RuntimeError(f"self-check: backends must agree with the reference to {limit:.0e}, got {said}")
-    return said
+    return f"backends against the reference: {said}"
 
 
 def run_experiment(
@@ -113,6 +122,7 @@ def run_experiment(
             probe = next(experiment.data(config, "self-check", config.batch)).to(device, first.dtype)
             echo(f"self-check     {self_check(ComponentModel(target, sites, components), config, probe)}")
             phase = "decomposing"
+            echo(f"decomposing    {config.steps} steps of batch {config.batch}, C {config.n_components}")
             decomposition = decompose(
                 target,
                 experiment.data(config, "decomposition", config.batch),
@@ -128,7 +138,7 @@ def run_experiment(
             )
             done, phase = config.steps, "writing the report"
             seconds = time.perf_counter() - started
-            echo(f"decomposed     {config.steps} steps of batch {config.batch} ({seconds:.0f} s so far)\n")
+            echo(f"decomposed     {seconds:.0f} s since the start; loss {decomposition.history[-1]['total']:.3e}\n")
             check = experiment.check(config, decomposition, initial)
             _write(run, config, check, decomposition, surroundings, seconds)
             run.set_status("finished", done, config.steps, f"recovered {check.recovered} of {check.n} instances")
@@ -168,9 +178,16 @@ def _write(
         pictures.append((caption, plots.save(figure, run.path / "figures" / f"{name}.png")))
     for name, tensors in check.tensors.items():
         run.save_tensors(f"eval/{name}.safetensors", tensors)
-    run.write_json(
-        "result.json", {"recovered_count": check.recovered, "n": check.n, "seconds": seconds, **check.values}
-    )
+    found = {
+        "experiment": config.experiment,
+        "seed": config.seed,
+        "recovered": check.recovered,
+        "n": check.n,
+        "seconds": round(seconds, 1),
+        "columns": check.columns,
+        "rows": check.rows,
+    }
+    run.write_json("result.json", {**found, "instances": check.values})
     method, optimiser = config.method, config.optimiser
     report.write_report(
         run.path / "report.html",

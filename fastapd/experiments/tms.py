@@ -187,7 +187,8 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
     """
     from fastapd import plots
 
-    x = next(data(config, "evaluation", config.eval_batch)).to(decomposition.model.weights["linear1"].dtype)
+    # On the target's device and in its dtype.
+    x = next(data(config, "evaluation", config.eval_batch)).to(decomposition.model.weights["linear1"])
     F, n = config.target.n_features, config.n_instances
     result, scores = _scores(decomposition, x)
     good = metrics.recovered(result)
@@ -220,7 +221,7 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
         figures["polygons"] = (caption, plots.polygons(weight, parts, *shown, result.assignment))
     caption = "How much of a feature's direction a component carries (1: all of it), beside what needs no training."
     figures["recovery"] = (caption, plots.recovery_heatmap(panels))
-    one_hot = torch.eye(F, dtype=x.dtype).expand(n, F, F)
+    one_hot = torch.eye(F, dtype=x.dtype, device=x.device).expand(n, F, F)
     attributions, selection, _ = decomposition.select(x)
     return Check(
         columns=COLUMNS,

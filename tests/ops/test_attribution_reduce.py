@@ -1,0 +1,348 @@
+"""attribution_reduce: a_bc = sum_o (sum_l <x_lb A_lc, g_lbo B_lc^T>)^2."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastapd import backends, ops, testing
+from fastapd.ops._attribution_reduce import CPU_LIMIT
+
+OP = "attribution_reduce"
+TINY = testing.Case("tiny", 2, 3, 3, 2, 3, 2, n_outputs=2)
+# shares its samples among threads
+LARGE = testing.Case("large", 2, 150, 20, 4, 30, 20, n_outputs=7)
+each = pytest.mark.parametrize("backend", testing.cpu_backends(OP), indirect=True)
+
+
+def with_gradients(args: tuple) -> testing.Answer:
+    return testing.run(OP, args, testing.random_cotangents(testing.run(OP, args).outputs))
+
+
+def of_factors(args: tuple):
+    """The op as a function of its factors alone, and those factors as leaves."""
+    xs, gs, As, Bs = args
+    n = len(xs)
+    factors = [t.detach().requires_grad_() for t in (*As, *Bs)]
+    return lambda *factors: ops.attribution_reduce(xs, gs, factors[:n], factors[n:]), factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@each
+def test_attribution_reduce_matches_the_reference(backend, case, dtype):
+    args = testing.inputs(OP, case, dtype)
+    cotangents = testing.random_cotangents(testing.run(OP, args).outputs)
+    outputs, grads = testing.run(OP, args, cotangents)
+    testing.assert_matches_reference(OP, outputs, args, backend, grads=grads, cotangents=cotangents)
+
+
+@each
+def test_attribution_reduce_of_one_layer_matches_the_reference(backend):
+    for shared in (False, True):
+        xs, gs, As, Bs = (ts[:1] for ts in testing.inputs(OP, "wide"))
+        args = (xs, [gs[0][:, :1]] if shared else gs, As, Bs)
+        testing.assert_matches_reference(OP, testing.run(OP, args).outputs, args, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attribution_reduce_takes_half_precision(dtype):
+    args = testing.inputs(OP, "tms_40", dtype)
+    outputs, grads = with_gradients(args)
+    assert {t.dtype for t in (*outputs, *grads)} == {dtype}
+    testing.assert_matches_reference(OP, outputs, args, "auto")
+
+
+@each
+def test_attribution_reduce_passes_gradcheck(backend):
+    function, factors = of_factors(testing.inputs(OP, TINY, torch.float64))
+    assert gradcheck(function, factors)
+
+
+@each
+def test_attribution_reduce_is_twice_differentiable(backend):
+    function, factors = of_factors(testing.inputs(OP, TINY, torch.float64))
+    assert gradgradcheck(function, factors)
+
+
+@each
+def test_attribution_reduce_gradient_of_tied_layers_adds_up(backend):
+    xs, gs, As, Bs = args = testing.inputs(OP, "tms", torch.float64)
+    cotangents = testing.random_cotangents(testing.run(OP, args).outputs)
+    At, B = As[0].mT.clone().requires_grad_(), Bs[0].clone().requires_grad_()
+    ops.attribution_reduce(xs, gs, [At.mT, B.mT], [B, At]).backward(cotangents[0])
+    dA, dA2, dB, dB2 = testing.oracle(OP, args, cotangents).grads
+    torch.testing.assert_close(At.grad, dA.mT + dB2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(B.grad, dB + dA2.mT, rtol=1e-12, atol=1e-12)
+
+
+@each
+def test_attribution_reduce_gradient_goes_only_where_asked(backend):
+    args = testing.inputs(OP, "odd", torch.float64)
+    everything = with_gradients(args).grads
+    for wanted in range(16):
+        function, factors = of_factors(args)
+        for i, factor in enumerate(factors):
+            factor.requires_grad_(bool(wanted >> i & 1))
+        a = function(*factors)
+        assert a.requires_grad == bool(wanted)
+        if wanted:
+            a.backward(*testing.random_cotangents([a]))
+        for factor, grad in zip(factors, everything, strict=True):
+            assert (factor.grad is not None) == factor.requires_grad
+            if factor.grad is not None:
+                testing.assert_bit_equal(factor.grad, grad)
+
+
+@each
+def test_attribution_reduce_passes_opcheck(backend):
+    xs, gs, As, Bs = testing.inputs(OP, TINY, torch.float64)
+    As, Bs = ([t.requires_grad_() for t in ts] for ts in (As, Bs))
+    torch.library.opcheck(torch.ops.fastapd.attribution_reduce, (xs, gs, As, Bs))
+
+
+def test_attribution_reduce_compiles_to_one_graph():
+    args = testing.inputs(OP, "rank1")
+    cotangents = testing.random_cotangents(testing.run(OP, args).outputs)
+    wanted = testing.run(OP, args, cotangents)
+    function, factors = of_factors(args)
+    a = torch.compile(function, fullgraph=True, backend="aot_eager")(*factors)
+    a.backward(*cotangents)
+    testing.assert_bit_equal([a, *(t.grad for t in factors)], [*wanted.outputs, *wanted.grads])
+
+
+@each
+def test_attribution_reduce_needs_no_instance_axis(backend):
+    args = testing.inputs(OP, "odd", torch.float64)
+    one = testing.map_tensors(lambda t: t[0], args)
+    cotangents = testing.random_cotangents(testing.run(OP, one).outputs)
+    outputs, grads = testing.run(OP, one, cotangents)
+    testing.assert_matches_reference(OP, outputs, one, backend, grads=grads, cotangents=cotangents)
+    first = testing.run(OP, testing.map_tensors(lambda t: t[:1], args), [c.unsqueeze(0) for c in cotangents])
+    testing.assert_bit_equal((outputs, grads), testing.map_tensors(lambda t: t[0], tuple(first)))
+
+
+@pytest.mark.parametrize("view", testing.VIEWS)
+@each
+def test_attribution_reduce_takes_any_strides(backend, view):
+    args = testing.inputs(OP, "odd")
+    cotangents = testing.random_cotangents(testing.run(OP, args).outputs)
+    wanted = testing.run(OP, args, cotangents)
+    found = testing.run(OP, *testing.map_tensors(testing.VIEWS[view], (args, cotangents)))
+    testing.assert_matches_reference(OP, found.outputs, args, backend, grads=found.grads, cotangents=cotangents)
+    testing.assert_bit_equal(found, wanted)
+
+
+@each
+def test_attribution_reduce_takes_expanded_tensors(backend):
+    expanded = testing.map_tensors(lambda t: t[:1].expand(3, *t.shape[1:]), testing.inputs(OP, "odd"))
+    dense = testing.map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), expanded)
+    (f, ours), (g, theirs) = of_factors(expanded), of_factors(dense)
+    found, wanted = f(*ours), g(*theirs)
+    testing.assert_bit_equal(found, wanted)
+    testing.assert_bit_equal(torch.autograd.grad(found.sum(), ours), torch.autograd.grad(wanted.sum(), theirs))
+
+
+@each
+def test_attribution_reduce_shares_gradients_of_a_batch_axis_of_one(backend):
+    xs, gs, As, Bs = testing.inputs(OP, "resid")
+    assert gs[1].shape[1] == 1
+    spread = [gs[0], gs[1].expand(-1, xs[0].shape[1], -1, -1)]
+    testing.assert_bit_equal(testing.run(OP, (xs, gs, As, Bs)).outputs, testing.run(OP, (xs, spread, As, Bs)).outputs)
+
+
+@each
+def test_attribution_reduce_sums_layers_before_it_squares(backend):
+    xs, gs, As, Bs = testing.inputs(OP, "odd", torch.float64)
+    opposite = ([xs[0]] * 2, [gs[0]] * 2, [As[0], -As[0]], [Bs[0]] * 2)
+    assert not ops.attribution_reduce(*opposite).any()
+    twice = ops.attribution_reduce(*opposite[:2], [As[0]] * 2, opposite[3])
+    once = ops.attribution_reduce(*(ts[:1] for ts in (xs, gs, As, Bs)))
+    torch.testing.assert_close(twice, 4 * once, rtol=1e-13, atol=0)
+
+
+@each
+def test_attribution_reduce_leaves_its_inputs_alone(backend):
+    args = testing.inputs(OP, "tms_40")
+    before = testing.map_tensors(torch.clone, args)
+    with_gradients(args)
+    testing.assert_bit_equal(args, before)
+
+
+@each
+def test_attribution_reduce_repeats_bit_for_bit(backend):
+    args = testing.inputs(OP, "odd")
+    first = with_gradients(args)
+    for _ in range(20):
+        testing.assert_bit_equal(with_gradients(args), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_attribution_reduce_is_independent_of_threads(backend, dtype, threads):
+    args = testing.inputs(OP, LARGE, dtype)
+    threads(1)
+    alone = testing.run(OP, args).outputs
+    for n in (2, 3):
+        threads(n)
+        testing.assert_bit_equal(testing.run(OP, args).outputs, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["tms", "odd", "wide", "resid"])
+@pytest.mark.parametrize("cpu_level", ["baseline", "avx2", "avx512"], indirect=True)
+def test_attribution_reduce_at_every_level(cpu_level, case, dtype):
+    args = testing.inputs(OP, case, dtype)
+    testing.assert_matches_reference(OP, testing.run(OP, args).outputs, args, f"cpu {cpu_level}")
+
+
+@pytest.mark.parametrize("empty", ["n_instances", "batch", "n_components", "rank", "d_in", "d_out", "n_outputs"])
+@each
+def test_attribution_reduce_of_empty_axes_is_zero(backend, empty):
+    sizes = {"n_instances": 2, "batch": 3, "n_components": 3, "rank": 2, "d_in": 4, "d_out": 5, "n_outputs": 2}
+    args = testing.inputs(OP, testing.Case("", **sizes | {empty: 0}), torch.float64)
+    cotangents = [torch.ones_like(t) for t in testing.run(OP, args).outputs]
+    outputs, grads = testing.run(OP, args, cotangents)
+    testing.assert_matches_reference(OP, outputs, args, backend, grads=grads, cotangents=cotangents)
+
+
+@pytest.mark.parametrize("sample", [0, 14, 28])
+@each
+def test_attribution_reduce_keeps_a_nan_in_its_sample(backend, sample):
+    xs, gs, As, Bs = testing.inputs(OP, "rank1")
+    clean = ops.attribution_reduce(xs, gs, As, Bs)
+    for poisoned in (xs, gs):
+        kept = poisoned[0][1, sample].clone()
+        poisoned[0][1, sample] = torch.nan
+        found = ops.attribution_reduce(xs, gs, As, Bs)
+        poisoned[0][1, sample] = kept
+        assert found[1, sample].isnan().all()
+        found[1, sample] = clean[1, sample]
+        testing.assert_bit_equal(found, clean)
+
+
+@each
+def test_attribution_reduce_keeps_a_nan_in_its_component(backend):
+    xs, gs, As, Bs = testing.inputs(OP, "odd")
+    clean = ops.attribution_reduce(xs, gs, As, Bs)
+    Bs[1][0, 5] = torch.nan
+    found = ops.attribution_reduce(xs, gs, As, Bs)
+    assert found[0, :, 5].isnan().all()
+    found[0, :, 5] = clean[0, :, 5]
+    testing.assert_bit_equal(found, clean)
+
+
+def test_attribution_reduce_beyond_the_cpu_limit_takes_the_reference():
+    d_out = 64
+    n_outputs = CPU_LIMIT // d_out + 1
+    args = [torch.randn(1, 2, 3)], [torch.randn(1, 1, n_outputs, d_out)], [torch.randn(1, 2, 3, 1)], [
+        torch.randn(1, 2, 1, d_out)
+    ]  # fmt: skip
+    reason = f"the CPU kernel takes n_outputs * sum of d_out up to {CPU_LIMIT}, not {n_outputs} * {d_out}"
+    assert backends.explain(OP, *args)["cpu"] == [f"{reason}; beyond, GEMMs are better"]
+    assert not backends.explain(OP, *args)["reference"]
+    testing.assert_matches_reference(OP, testing.run(OP, args).outputs, args, "auto")
+    with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match=re.escape(reason)):
+        ops.attribution_reduce(*args)
+    within = (args[0], [args[1][0][:, :, :-1]], *args[2:])
+    if not backends.explain(OP, *within)["cpu"]:
+        with backends.use_backend("cpu"):
+            testing.assert_matches_reference(OP, testing.run(OP, within).outputs, within, "cpu")
+
+
+def test_attribution_reduce_under_autocast_keeps_its_dtype():
+    for backend in testing.cpu_backends(OP):
+        args = testing.inputs(OP, "odd")
+        with backends.use_backend(backend):
+            wanted = testing.run(OP, args).outputs
+            with torch.autocast("cpu", torch.bfloat16):
+                testing.assert_bit_equal(testing.run(OP, args).outputs, wanted)
+
+
+def test_attribution_reduce_takes_gradients_where_none_are_recorded():
+    xs, gs, As, Bs = testing.inputs(OP, "odd")
+    wanted = ops.attribution_reduce(xs, gs, As, Bs)
+    with torch.no_grad():
+        testing.assert_bit_equal(ops.attribution_reduce([x.clone().requires_grad_() for x in xs], gs, As, Bs), wanted)
+    with torch.inference_mode():
+        testing.assert_bit_equal(ops.attribution_reduce(xs, gs, As, Bs).clone(), wanted)
+
+
+A = torch.zeros(2, 3, 4, 2)
+B = torch.zeros(2, 3, 2, 5)
+X = torch.zeros(2, 6, 4)
+G = torch.zeros(2, 6, 7, 5)
+RECORDED = torch.zeros(2, 6, 4, requires_grad=True)
+CONSTANT = "must not require gradients, as it belongs to the target; detach it"
+FLOATS = "must be float32, float64, float16 or bfloat16"
+REFUSED = [
+    (ValueError, [X], [G, G], [A], [B], "xs, gs, As and Bs must have one tensor for each layer, got 1, 2, 1 and 1"),
+    (ValueError, [X], [G], [A], [], "xs, gs, As and Bs must have one tensor for each layer, got 1, 1, 1 and 0"),
+    (ValueError, [], [], [], [], "xs, gs, As and Bs must have one tensor for each layer, got 0, 0, 0 and 0"),
+    (TypeError, None, [G], [A], [B], "xs must be a list of tensors, one a layer, got NoneType"),
+    (TypeError, [X], [G], A, [B], "As must be a list of tensors, one a layer, got Tensor"),
+    (TypeError, [None], [G], [A], [B], "xs[0] must be a torch.Tensor, got NoneType"),
+    (TypeError, [X], [G.numpy()], [A], [B], "gs[0] must be a torch.Tensor, got ndarray"),
+    (ValueError, [X[0]], [G], [A], [B], "xs[0] must have shape [n_instances, batch, d_in] like As[0] [2, 3, 4, 2], "
+     "got [6, 4]"),
+    (ValueError, [X], [G[0]], [A], [B], "gs[0] must have shape [n_instances, batch or 1, n_outputs, d_out] like As[0] "
+     "[2, 3, 4, 2], got [6, 7, 5]"),
+    (ValueError, [X], [G], [A[0]], [B[0]], "xs[0] must have shape [batch, d_in] like As[0] [3, 4, 2], got [2, 6, 4]"),
+    (ValueError, [X], [G], [A[0, 0]], [B], "As[0] must have shape [n_components, d_in, rank] or [n_instances, "
+     "n_components, d_in, rank], got [4, 2]"),
+    (ValueError, [X], [G], [A], [B[:, :2]], "As[0] and Bs[0] must share n_components, got As[0] [2, 3, 4, 2] and "
+     "Bs[0] [2, 2, 2, 5]"),
+    (ValueError, [X], [G], [A], [B[:, :, :1]], "As[0] and Bs[0] must share rank, got As[0] [2, 3, 4, 2] and Bs[0] "
+     "[2, 3, 1, 5]"),
+    (ValueError, [X[:1]], [G], [A], [B], "xs[0] and As[0] must share n_instances, got xs[0] [1, 6, 4] and As[0] "
+     "[2, 3, 4, 2]"),
+    (ValueError, [X], [G[:1]], [A], [B], "gs[0] and As[0] must share n_instances, got gs[0] [1, 6, 7, 5] and As[0] "
+     "[2, 3, 4, 2]"),
+    (ValueError, [X[..., :3]], [G], [A], [B], "xs[0] and As[0] must share d_in, got xs[0] [2, 6, 3] and As[0] "
+     "[2, 3, 4, 2]"),
+    (ValueError, [X], [G[..., :4]], [A], [B], "gs[0] and Bs[0] must share d_out, got gs[0] [2, 6, 7, 4] and Bs[0] "
+     "[2, 3, 2, 5]"),
+    (ValueError, [X], [G[:, :5]], [A], [B], "xs[0] and gs[0] must share batch, got xs[0] [2, 6, 4] and gs[0] "
+     "[2, 5, 7, 5]"),
+    (ValueError, [X, X], [G, G], [A, A[:, :2]], [B, B[:, :2]], "As[1] must have the n_components of As[0] [2, 3, 4, 2],"
+     " got [2, 2, 4, 2]"),
+    (ValueError, [X, X[0]], [G, G[0]], [A, A[0]], [B, B[0]], "As[1] must have the n_components of As[0] [2, 3, 4, 2], "
+     "got [3, 4, 2]"),
+    (ValueError, [X, X[:, :5]], [G, G[:, :5]], [A, A], [B, B], "xs[0] and xs[1] must share batch, got xs[0] [2, 6, 4] "
+     "and xs[1] [2, 5, 4]"),
+    (ValueError, [X, X], [G, G[:, :, :6]], [A, A], [B, B], "gs[0] and gs[1] must share n_outputs, got gs[0] "
+     "[2, 6, 7, 5] and gs[1] [2, 6, 6, 5]"),
+    (TypeError, [X], [G.double()], [A], [B], "gs[0] must have the dtype of As[0], torch.float32, got torch.float64"),
+    (TypeError, [X, X.double()], [G, G.double()], [A, A.double()], [B, B.double()], "As[1] must have the dtype of "
+     "As[0], torch.float32, got torch.float64"),
+    (TypeError, [X.int()], [G], [A], [B], f"xs[0] {FLOATS}, got torch.int32"),
+    (TypeError, [X], [G.cfloat()], [A], [B], f"gs[0] {FLOATS}, got torch.complex64"),
+    (ValueError, [X], [G.to("meta")], [A], [B], "gs[0] must be on the device of As[0], cpu, got meta"),
+    (ValueError, [X, X.to("meta")], [G, G.to("meta")], [A, A.to("meta")], [B, B.to("meta")], "As[1] must be on the "
+     "device of As[0], cpu, got meta"),
+    (NotImplementedError, [RECORDED], [G], [A], [B], f"xs[0] {CONSTANT}"),
+    (NotImplementedError, [X, RECORDED], [G, G], [A, A], [B, B], f"xs[1] {CONSTANT}"),
+    (NotImplementedError, [X], [G.clone().requires_grad_()], [A], [B], f"gs[0] {CONSTANT}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, xs, gs, As, Bs, message", REFUSED, ids=[message[:40] for *_, message in REFUSED])
+def test_attribution_reduce_refuses(error, xs, gs, As, Bs, message):
+    with pytest.raises(error, match=re.escape(f"{OP}: {message}") + "$"):
+        ops.attribution_reduce(xs, gs, As, Bs)
+
+
+def squared_before_the_sum(right, xs, gs, As, Bs):
+    layers = zip(xs, gs, As, Bs, strict=True)
+    return sum(right([x], [g], [A], [B]) for x, g, A, B in layers)
+
+
+@each
+def test_attribution_reduce_planted_error_is_found(backend, plant):
+    args = testing.inputs(OP, "tms")
+    plant(OP, backend, squared_before_the_sum)
+    with pytest.raises(AssertionError, match=f"^{OP} on {backend}"):
+        testing.assert_matches_reference(OP, testing.run(OP, args).outputs, args, backend)
