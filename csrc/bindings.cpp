@@ -73,40 +73,89 @@ void run_backward(Address grad_y, Address x, Address At, Address B, Address u, c
 using LayerArguments = std::array<int64_t, 10>;
 
 template <class T>
-bool run_attribution(const std::vector<AttributionLayer<T>>& layers, T* out, int64_t n_instances, int64_t batch,
+std::vector<AttributionLayer<T>> layers_at(const std::vector<LayerArguments>& arguments) {
+  std::vector<AttributionLayer<T>> layers;
+  for (const LayerArguments& a : arguments)
+    layers.push_back({at<const T>(static_cast<Address>(a[0])), at<const T>(static_cast<Address>(a[1])),
+                      at<const T>(static_cast<Address>(a[2])), at<const T>(static_cast<Address>(a[3])), a[4], a[5],
+                      a[6], a[7], a[8], a[9]});
+  return layers;
+}
+
+template <class T>
+bool run_attribution(const std::vector<LayerArguments>& arguments, Address out, int64_t n_instances, int64_t batch,
                      int64_t n_components, int64_t n_outputs, int threads) {
+  const std::vector<AttributionLayer<T>> layers = layers_at<T>(arguments);
   const int64_t n = static_cast<int64_t>(layers.size());
-  FASTAPD_AT_LEVEL(
-      attribution_reduce<T>(layers.data(), n, out, n_instances, batch, n_components, n_outputs, threads))
+  FASTAPD_AT_LEVEL(attribution_reduce<T>(layers.data(), n, at<T>(out), n_instances, batch, n_components, n_outputs,
+                                         threads))
+}
+
+template <class T>
+bool run_attribution_backward(const std::vector<LayerArguments>& arguments, Address grad,
+                              const std::vector<Address>& grad_At, const std::vector<Address>& grad_B,
+                              int64_t n_instances, int64_t batch, int64_t n_components, int64_t n_outputs,
+                              int threads) {
+  const std::vector<AttributionLayer<T>> layers = layers_at<T>(arguments);
+  const int64_t n = static_cast<int64_t>(layers.size());
+  std::vector<T*> to_A, to_B;
+  for (const Address a : grad_At) to_A.push_back(at<T>(a));
+  for (const Address b : grad_B) to_B.push_back(at<T>(b));
+  FASTAPD_AT_LEVEL(attribution_reduce_backward<T>(layers.data(), n, at<const T>(grad), to_A.data(), to_B.data(),
+                                                  n_instances, batch, n_components, n_outputs, threads))
+}
+
+template <class T>
+void run_sum_loss(Address residual, Address target, Address loss, int64_t n_instances, int64_t n, int threads) {
+  FASTAPD_AT_LEVEL(component_sum_loss<T>(at<T>(residual), at<const T>(target), at<T>(loss), n_instances, n, threads))
+}
+
+// n_instances, n_components, rank, d_in, d_out
+using SchattenShape = std::array<int64_t, 5>;
+
+SchattenSizes schatten_sizes(const SchattenShape& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+
+template <class T>
+bool run_svdvals(Address At, Address B, Address out, const SchattenShape& n, int threads) {
+  FASTAPD_AT_LEVEL(component_svdvals<T>(at<const T>(At), at<const T>(B), at<T>(out), schatten_sizes(n), threads))
+}
+
+template <class T>
+bool run_schatten(Address At, Address B, Address counts, double p, double eps, int64_t batch, bool exact, Address loss,
+                  Address grad_At, Address grad_B, const SchattenShape& n, int threads) {
+  FASTAPD_AT_LEVEL(schatten<T>(at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, exact,
+                               at<T>(loss), at<T>(grad_At), at<T>(grad_B), schatten_sizes(n), threads))
+}
+
+template <class T>
+bool run_schatten_masked(Address At, Address B, Address mask, double p, double eps, int64_t batch, Address loss,
+                         Address grad_At, Address grad_B, Address grad_mask, const SchattenShape& n, int threads) {
+  FASTAPD_AT_LEVEL(schatten_masked<T>(at<const T>(At), at<const T>(B), at<const T>(mask), p, eps, batch, at<T>(loss),
+                                      at<T>(grad_At), at<T>(grad_B), at<T>(grad_mask), schatten_sizes(n), threads))
+}
+
+// Calls without the GIL; a kernel that could not allocate its workspace says so by returning false.
+template <class... A>
+auto releasing(bool (*run)(A...)) {
+  return [run](A... arguments) {
+    bool ok;
+    {
+      py::gil_scoped_release release;
+      ok = run(arguments...);
+    }
+    if (!ok) throw std::bad_alloc();
+  };
 }
 
 template <class T>
 void bind_ops(py::module_& m, const std::string& dtype) {
-  m.def(("batch_topk_" + dtype).c_str(),
-        [](Address scores, SelectionAddresses out, int64_t n_instances, int64_t batch, int64_t n_components,
-           int64_t n_pairs, int threads) {
-          bool ok;
-          {
-            py::gil_scoped_release release;
-            ok = run_batch_topk<T>(scores, out, n_instances, batch, n_components, n_pairs, threads);
-          }
-          if (!ok) throw std::bad_alloc();
-        });
-  m.def(("attribution_reduce_" + dtype).c_str(),
-        [](const std::vector<LayerArguments>& arguments, Address out, int64_t n_instances, int64_t batch,
-           int64_t n_components, int64_t n_outputs, int threads) {
-          std::vector<AttributionLayer<T>> layers;
-          for (const LayerArguments& a : arguments)
-            layers.push_back({at<const T>(static_cast<Address>(a[0])), at<const T>(static_cast<Address>(a[1])),
-                              at<const T>(static_cast<Address>(a[2])), at<const T>(static_cast<Address>(a[3])), a[4],
-                              a[5], a[6], a[7], a[8], a[9]});
-          bool ok;
-          {
-            py::gil_scoped_release release;
-            ok = run_attribution<T>(layers, at<T>(out), n_instances, batch, n_components, n_outputs, threads);
-          }
-          if (!ok) throw std::bad_alloc();
-        });
+  m.def(("batch_topk_" + dtype).c_str(), releasing(&run_batch_topk<T>));
+  m.def(("component_svdvals_" + dtype).c_str(), releasing(&run_svdvals<T>));
+  m.def(("schatten_" + dtype).c_str(), releasing(&run_schatten<T>));
+  m.def(("schatten_masked_" + dtype).c_str(), releasing(&run_schatten_masked<T>));
+  m.def(("attribution_reduce_" + dtype).c_str(), releasing(&run_attribution<T>));
+  m.def(("attribution_reduce_backward_" + dtype).c_str(), releasing(&run_attribution_backward<T>));
+  m.def(("component_sum_loss_" + dtype).c_str(), &run_sum_loss<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_" + dtype).c_str(), &run_forward<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_backward_" + dtype).c_str(), &run_backward<T>,
         py::call_guard<py::gil_scoped_release>());

@@ -40,6 +40,10 @@ struct AttributionLayer {
   int64_t g_stride_i, g_stride_b, g_stride_o;  // in elements; the last axis is dense
 };
 
+struct SchattenSizes {
+  int64_t n_instances, n_components, rank, d_in, d_out;
+};
+
 struct ForwardSizes {
   int64_t n_instances, batch, n_components, rank, d_in, d_out, n_pairs;
 };
@@ -57,6 +61,26 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances,            \
                           int64_t batch, int64_t n_components, int64_t n_outputs, int threads);                        \
+  /* grad_At, grad_B: for each layer the gradient of sum grad * out, grad [I, b, C]; layouts as At and B. */            \
+  template <class T>                                                                                                   \
+  bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_layers, const T* grad,                 \
+                                   T* const* grad_At, T* const* grad_B, int64_t n_instances, int64_t batch,            \
+                                   int64_t n_components, int64_t n_outputs, int threads);                              \
+  /* residual [I, n] -= target, in place, and loss [I] = sum residual^2. */                                            \
+  template <class T>                                                                                                   \
+  void component_sum_loss(T* residual, const T* target, T* loss, int64_t n_instances, int64_t n, int threads);         \
+  /* out [I, C, m] = singular values of A_c B_c, descending, zeros included. False: no memory. */                      \
+  template <class T>                                                                                                   \
+  bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes sizes, int threads);                           \
+  /* loss [I] = sum_c n_c sum_i (s_i + eps)^{p/2} + (batch - n_c) m eps^{p/2} (left out if batch < 0), s_i = sigma_i^2 */ \
+  /* if exact, else |a_i|^2 |b_i|^2; the gradients [I, C, m, d] of the loss if not null. False: no memory. */          \
+  template <class T>                                                                                                   \
+  bool schatten(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, bool exact,       \
+                T* loss, T* grad_At, T* grad_B, SchattenSizes sizes, int threads);                                     \
+  /* loss [I] = sum_b sum_c sum_i (mask_bc |a_i|^2 |b_i|^2 + eps)^{p/2}, mask [I, b, C], and its gradients. */         \
+  template <class T>                                                                                                   \
+  bool schatten_masked(const T* At, const T* B, const T* mask, double p, double eps, int64_t batch, T* loss,           \
+                       T* grad_At, T* grad_B, T* grad_mask, SchattenSizes sizes, int threads);                         \
   /* u [I, K, m] = x_s A_c and y [I, b, d_out] = sum over the pairs of a sample of u B_c. */                           \
   template <class T>                                                                                                   \
   void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y,                \

@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_sum:component_sum",
     },
     "component_sum_loss": {
+        "cpu": "fastapd.ops._component_sum:cpu_component_sum_loss",
         "reference": "fastapd.reference.component_sum:component_sum_loss",
     },
     "component_forward": {
@@ -44,6 +45,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce",
     },
+    "attribution_reduce_backward": {
+        "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce_backward",
+        "reference": "fastapd.reference.attribution_reduce:attribution_reduce_backward",
+    },
     "batch_topk": {
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",
@@ -51,16 +56,27 @@ TABLE: dict[str, dict[str, str]] = {
     "sample_topk": {
         "reference": "fastapd.reference.batch_topk:sample_topk",
     },
+    "component_svdvals": {
+        "cpu": "fastapd.ops._batched_svd:cpu_component_svdvals",
+        "reference": "fastapd.reference.batched_svd:component_svdvals",
+    },
+    "schatten": {
+        "cpu": "fastapd.ops._batched_svd:cpu_schatten",
+        "reference": "fastapd.reference.batched_svd:schatten",
+    },
     "schatten_factored": {
+        "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored",
         "reference": "fastapd.reference.batched_svd:schatten_factored",
     },
     "schatten_factored_masked": {
+        "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored_masked",
         "reference": "fastapd.reference.batched_svd:schatten_factored_masked",
     },
 }
 
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
+    ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
 }
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 

@@ -4,6 +4,8 @@ from fastapd.ops._attribution_reduce import attribution_reduce as attribution_re
 from fastapd.ops._batch_topk import Selection as Selection
 from fastapd.ops._batch_topk import batch_topk as batch_topk
 from fastapd.ops._batch_topk import sample_topk as sample_topk
+from fastapd.ops._batched_svd import component_svdvals as component_svdvals
+from fastapd.ops._batched_svd import schatten as schatten
 from fastapd.ops._batched_svd import schatten_factored as schatten_factored
 from fastapd.ops._component_forward import component_forward as component_forward
 from fastapd.ops._component_forward import component_forward_selected as component_forward_selected
@@ -18,6 +20,8 @@ __all__ = [
     "component_forward_selected",
     "component_sum",
     "component_sum_loss",
+    "component_svdvals",
     "sample_topk",
+    "schatten",
     "schatten_factored",
 ]

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastapd import _native
 from fastapd.ops import _check
 from fastapd.ops._op import define, with_instances
-from fastapd.reference.attribution_reduce import attribution_reduce_backward
 
 _OP = "attribution_reduce"
 
@@ -72,9 +71,14 @@ def cpu_limits(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Te
     ]
 
 
-def cpu_attribution_reduce(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> Tensor:
-    """Allocates the attributions and lets `csrc/cpu/attribution_reduce.cpp` fill them."""
-    native: Any = _native.load("_C").module
+def cpu_backward_limits(
+    grad: Tensor, xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]
+) -> list[str]:
+    return cpu_limits(xs, gs, As, Bs)
+
+
+def _layers(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> tuple[list, list]:
+    """The kernel's description of the layers, and the tensors that must outlive it."""
     keep, layers = [], []
     for x, g, A, B in zip(xs, gs, As, Bs, strict=True):
         g = g if g.stride(3) == 1 else g.contiguous()  # the other strides are the kernel's to walk
@@ -83,12 +87,49 @@ def cpu_attribution_reduce(xs: list[Tensor], gs: list[Tensor], As: list[Tensor],
         stride_i, stride_b, stride_o, _ = g.stride()
         strides = (stride_i, 0 if g.shape[1] == 1 else stride_b, stride_o)
         layers.append([*(t.data_ptr() for t in dense), x.shape[2], B.shape[3], B.shape[2], *strides])
+    return layers, keep
+
+
+def cpu_attribution_reduce(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> Tensor:
+    """Allocates the attributions and lets `csrc/cpu/attribution_reduce.cpp` fill them."""
+    native: Any = _native.load("_C").module
+    layers, _keep = _layers(xs, gs, As, Bs)
     n_instances, batch, _ = xs[0].shape
     n_components = As[0].shape[1]
     out = xs[0].new_empty(n_instances, batch, n_components)
     run = native.attribution_reduce_float32 if out.dtype == torch.float32 else native.attribution_reduce_float64
     run(layers, out.data_ptr(), n_instances, batch, n_components, gs[0].shape[2], torch.get_num_threads())
     return out
+
+
+def cpu_attribution_reduce_backward(
+    grad: Tensor, xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]
+) -> list[Tensor]:
+    """Allocates the factors' gradients and lets `csrc/cpu/attribution_reduce.cpp` fill them."""
+    native: Any = _native.load("_C").module
+    grad = grad.contiguous()
+    layers, _keep = _layers(xs, gs, As, Bs)
+    out = _backward_fake(grad, xs, gs, As, Bs)
+    double = grad.dtype == torch.float64
+    run = native.attribution_reduce_backward_float64 if double else native.attribution_reduce_backward_float32
+    to_A, to_B = ([t.data_ptr() for t in part] for part in (out[: len(xs)], out[len(xs) :]))
+    sizes = (xs[0].shape[0], xs[0].shape[1], As[0].shape[1], gs[0].shape[2])
+    run(layers, grad.data_ptr(), to_A, to_B, *sizes, torch.get_num_threads())
+    return out
+
+
+def _backward_fake(
+    grad: Tensor, xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of every At, then of every B."""
+    return [A.new_empty(A.mT.shape) for A in As] + [B.new_empty(B.shape) for B in Bs]
+
+
+_attribution_reduce_backward = define(
+    "attribution_reduce_backward",
+    "(Tensor grad, Tensor[] xs, Tensor[] gs, Tensor[] As, Tensor[] Bs) -> Tensor[]",
+    _backward_fake,
+)
 
 
 def _fake(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> Tensor:
@@ -105,8 +146,8 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     n, saved = ctx.n_layers, ctx.saved_tensors
     xs, gs, As, Bs = (list(saved[i * n : (i + 1) * n]) for i in range(4))
-    grad_As, grad_Bs = attribution_reduce_backward(grad, xs, gs, As, Bs)
-    return [None] * n, [None] * n, grad_As, grad_Bs
+    gradients = _attribution_reduce_backward(grad, xs, gs, As, Bs)
+    return [None] * n, [None] * n, [g.mT for g in gradients[:n]], list(gradients[n:])
 
 
 _attribution_reduce = define(
@@ -140,7 +181,7 @@ def attribution_reduce(
         NotImplementedError: If xs or gs require gradients: they come from the target and are constants.
 
     Numerics: layers are summed before the square, so layers of opposite sign cancel.
-    Gradient: in As and Bs, by recomputation.
+    Gradient: in As and Bs, by recomputation; a second derivative is refused.
     Cost: 2 b C d_out n_outputs flops a layer on the reference; the products A_c B_c are never built.
     Source: Braun et al. 2025, appendix A.1; `calc_grad_attributions` of ApolloResearch/apd.
     """

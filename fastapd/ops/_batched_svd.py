@@ -1,4 +1,4 @@
-"""How simple components are: Schatten sums from the factors, without forming A_c B_c."""
+"""How simple components are: singular values and Schatten sums from the factors, without forming A_c B_c."""
 
 from __future__ import annotations
 
@@ -8,110 +8,258 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import define, with_instances
-from fastapd.reference import batched_svd as reference
+from fastapd.ops._op import define, no_double_backward, with_instances
+from fastapd.reference.batched_svd import component_svdvals_backward
 
-_OP = "schatten_factored"
+# ------------------------------------------------------------------------------------------------- singular values
 
 
-def _check_schatten(A: Tensor, B: Tensor, weights: Tensor, p: float, eps: float, batch: int | None) -> bool:
+def _check_svdvals(A: Tensor, B: Tensor) -> bool:
+    return _check.factors("component_svdvals", A, B)
+
+
+def _svdvals_fake(A: Tensor, B: Tensor) -> Tensor:
+    _check_svdvals(A, B)
+    return A.new_empty(B.shape[:3])
+
+
+def _shape(A: Tensor, B: Tensor) -> list[int]:
+    n_instances, n_components, rank, d_out = B.shape
+    return [n_instances, n_components, rank, A.shape[2], d_out]
+
+
+def cpu_component_svdvals(A: Tensor, B: Tensor) -> Tensor:
+    """Allocates the values and lets `csrc/cpu/batched_svd.cpp` fill them."""
+    native: Any = _native.load("_C").module
+    At, B = A.mT.contiguous(), B.contiguous()
+    out = _svdvals_fake(A, B)
+    run = native.component_svdvals_float32 if A.dtype == torch.float32 else native.component_svdvals_float64
+    run(At.data_ptr(), B.data_ptr(), out.data_ptr(), _shape(A, B), torch.get_num_threads())
+    return out
+
+
+def _svdvals_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _svdvals_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    no_double_backward("component_svdvals")
+    grad_At, grad_B = component_svdvals_backward(grad, *ctx.saved_tensors)
+    return grad_At.mT, grad_B
+
+
+_component_svdvals = define(
+    "component_svdvals", "(Tensor A, Tensor B) -> Tensor", _svdvals_fake, _svdvals_setup, _svdvals_backward
+)
+
+
+def component_svdvals(A: Float[Tensor, "*I C d_in m"], B: Float[Tensor, "*I C m d_out"]) -> Float[Tensor, "*I C m"]:
+    """The singular values of every component.
+
+    sigma_ci = singular values of A_c B_c, descending
+
+    Args:
+        A: Left factors [.., n_components, d_in, rank], as for `component_sum`.
+        B: Right factors [.., n_components, rank, d_out].
+
+    Returns:
+        [.., n_components, rank], descending; zeros stand for the directions that a component lacks.
+
+    Raises:
+        ValueError: If shapes or devices do not match.
+        TypeError: If a dtype is not floating or the dtypes differ.
+
+    Numerics: in float64 inside, |error| about 1e-15 of the largest value before it is rounded to the dtype of A.
+    Gradient: in A and B, without differences of singular values; a second derivative is refused.
+    Cost: O(C m^2 (d_in + d_out) + C m^3); the products A_c B_c are not formed.
+    """
+    if _check_svdvals(A, B):
+        return _component_svdvals(A, B)
+    return _component_svdvals(*with_instances(A, B)).squeeze(0)
+
+
+# --------------------------------------------------------------------------------------------------- Schatten sums
+
+
+def _check_schatten(op: str, A: Tensor, B: Tensor, weights: Tensor, p: float, eps: float, batch: int | None) -> bool:
     """Returns whether the factors have the instance axis."""
-    instances = _check.factors(_OP, A, B)
-    _check.exponent(_OP, p)
-    _check.epsilon(_OP, eps)
+    instances = _check.factors(op, A, B)
+    _check.exponent(op, p)
+    _check.epsilon(op, eps)
     if not isinstance(weights, Tensor):
-        raise TypeError(f"{_OP}: weights must be a torch.Tensor, got {type(weights).__name__}")
+        raise TypeError(f"{op}: weights must be a torch.Tensor, got {type(weights).__name__}")
     if weights.dtype == torch.bool:
-        raise TypeError(f"{_OP}: weights must be integer counts or a float mask, got torch.bool; use mask.sum(-2)")
+        raise TypeError(f"{op}: weights must be integer counts or a float mask, got torch.bool; use mask.sum(-2)")
     if weights.device != A.device:
-        raise ValueError(f"{_OP}: weights must be on the device of A, {A.device}, got {weights.device}")
+        raise ValueError(f"{op}: weights must be on the device of A, {A.device}, got {weights.device}")
     leading = tuple(A.shape[:-2])  # [.., C]
     if weights.is_floating_point():
-        _check.tensors(_OP, A=A, weights=weights)
+        _check.tensors(op, A=A, weights=weights)
         if weights.dim() != len(leading) + 1 or (*weights.shape[:-2], weights.shape[-1]) != leading:
             raise ValueError(
-                f"{_OP}: weights, a float mask, must have shape [.., batch, n_components] for A {_check.shape(A)}, "
+                f"{op}: weights, a float mask, must have shape [.., batch, n_components] for A {_check.shape(A)}, "
                 f"got {_check.shape(weights)}"
             )
         if batch is not None:
-            raise ValueError(f"{_OP}: batch must be None with a float mask, which has its own batch axis, got {batch}")
+            raise ValueError(f"{op}: batch must be None with a float mask, which has its own batch axis, got {batch}")
     else:
         if weights.dtype.is_complex:
-            raise TypeError(f"{_OP}: weights must be integer counts or a float mask, got {weights.dtype}")
+            raise TypeError(f"{op}: weights must be integer counts or a float mask, got {weights.dtype}")
         if tuple(weights.shape) != leading:
             raise ValueError(
-                f"{_OP}: weights, integer counts, must have shape [.., n_components] for A {_check.shape(A)}, "
+                f"{op}: weights, integer counts, must have shape [.., n_components] for A {_check.shape(A)}, "
                 f"got {_check.shape(weights)}"
             )
         if batch is not None:
-            _check.whole(_OP, "batch", batch, 0, 2**62, "[0, 2**62]")
+            _check.whole(op, "batch", batch, 0, 2**62, "[0, 2**62]")
     return instances
 
 
-def _fake(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int) -> Tensor:
-    _check_schatten(A, B, counts, p, eps, None if batch < 0 else batch)
-    return A.new_empty(A.shape[0])
+def _sum_fake(op: str) -> Any:
+    def fake(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, with_grad: bool) -> tuple:
+        _check_schatten(op, A, B, counts, p, eps, None if batch < 0 else batch)
+        return A.new_empty(A.shape[0]), *_gradients(A, B, with_grad)
+
+    return fake
 
 
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.p, ctx.eps = inputs[3:5]
+def _gradients(A: Tensor, B: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    n_instances, n_components, rank, d_out = B.shape
+    if not with_grad:
+        return A.new_empty(0), B.new_empty(0)
+    return A.new_empty(n_instances, n_components, rank, A.shape[2]), B.new_empty(B.shape)
 
 
-def _power_slope(base: Tensor, p: float) -> Tensor:
-    """d/ds of s^{p/2}; zero where s is zero (only possible with eps = 0), where the one-sided slope is infinite."""
-    slope = (p / 2) * base.pow(p / 2 - 1)
-    return slope if p >= 2 else torch.where(base > 0, slope, torch.zeros_like(slope))
+def _address(t: Tensor) -> int:
+    return t.data_ptr() if t.numel() else 0
 
 
-def _spread(dS: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the factors from that of S_cm = |a_cm|^2 |b_cm|^2."""
-    norm_a, norm_b = A.square().sum(-2), B.square().sum(-1)  # [I, C, m]
-    return 2 * (dS * norm_b).unsqueeze(-2) * A, 2 * (dS * norm_a).unsqueeze(-1) * B
+def _cpu_sum(exact: bool) -> Any:
+    def cpu(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, with_grad: bool) -> tuple:
+        native: Any = _native.load("_C").module
+        At, B, counts = A.mT.contiguous(), B.contiguous(), counts.long().contiguous()
+        loss = A.new_empty(A.shape[0])
+        grad_At, grad_B = _gradients(A, B, with_grad)
+        run = native.schatten_float32 if A.dtype == torch.float32 else native.schatten_float64
+        inputs = (At.data_ptr(), B.data_ptr(), counts.data_ptr(), p, eps, batch, exact)
+        outputs = (loss.data_ptr(), _address(grad_At), _address(grad_B))
+        run(*inputs, *outputs, _shape(A, B), torch.get_num_threads())
+        return loss, grad_At, grad_B
+
+    return cpu
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    A, B, counts = ctx.saved_tensors
-    base = reference.column_products(A, B) + ctx.eps
-    dS = (grad.unsqueeze(-1) * counts.to(A.dtype)).unsqueeze(-1) * _power_slope(base, ctx.p)
-    return *_spread(dS, A, B), None, None, None, None
+cpu_schatten = _cpu_sum(exact=True)
+cpu_schatten_factored = _cpu_sum(exact=False)
 
 
-def _masked_fake(A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float) -> Tensor:
-    _check_schatten(A, B, mask, p, eps, None)
-    return A.new_empty(A.shape[0])
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.with_grad = inputs[-1]
+    ctx.save_for_backward(*output[1:])
 
 
-def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    A, B, mask = ctx.saved_tensors
-    S = reference.column_products(A, B)
-    dS = torch.zeros_like(S)
-    grad_mask = []
-    for chunk in reference.chunks(mask, S):
-        weight = mask[:, chunk].unsqueeze(-1)  # [I, b, C, 1]
-        slope = _power_slope(weight * S.unsqueeze(1) + ctx.eps, ctx.p)  # [I, b, C, m]
-        dS = dS + (weight * slope).sum(1)
-        grad_mask.append((S.unsqueeze(1) * slope).sum(-1))
-    scale = grad[:, None, None]
-    d_mask = torch.cat(grad_mask, 1) * scale if grad_mask else torch.zeros_like(mask)
-    return *_spread(scale * dS, A, B), d_mask if ctx.needs_input_grad[2] else None, None, None
+def _sum_backward(op: str) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        no_double_backward(op)
+        grad_At, grad_B = ctx.saved_tensors
+        scale = grad[:, None, None, None]
+        return (scale * grad_At).mT, scale * grad_B, *[None] * 5
+
+    return backward
 
 
-_schatten = define(
-    "schatten_factored",
-    "(Tensor A, Tensor B, Tensor counts, float p, float eps, SymInt batch) -> Tensor",
-    _fake,
-    _setup,
-    _backward,
+_SUM = "(Tensor A, Tensor B, Tensor counts, float p, float eps, SymInt batch, bool with_grad) -> (Tensor, Tensor, Tensor)"
+_schatten = define("schatten", _SUM, _sum_fake("schatten"), _setup, _sum_backward("schatten"))
+_schatten_factored = define(
+    "schatten_factored", _SUM, _sum_fake("schatten_factored"), _setup, _sum_backward("schatten_factored")
 )
+
+
+def _masked_fake(A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float, with_grad: bool) -> tuple[Tensor, ...]:
+    _check_schatten("schatten_factored", A, B, mask, p, eps, None)
+    grad_mask = mask.new_empty(mask.shape if with_grad else (0,))
+    return A.new_empty(A.shape[0]), *_gradients(A, B, with_grad), grad_mask
+
+
+def cpu_schatten_factored_masked(
+    A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float, with_grad: bool
+) -> tuple[Tensor, ...]:
+    """Allocates the outputs and lets `csrc/cpu/batched_svd.cpp` fill them."""
+    native: Any = _native.load("_C").module
+    At, B, mask = A.mT.contiguous(), B.contiguous(), mask.contiguous()
+    loss, grad_At, grad_B, grad_mask = _masked_fake(A, B, mask, p, eps, with_grad)
+    if grad_mask.numel() and B.shape[2] == 0:
+        grad_mask.zero_()  # no rank, no gradient
+    run = native.schatten_masked_float32 if A.dtype == torch.float32 else native.schatten_masked_float64
+    inputs = (At.data_ptr(), B.data_ptr(), mask.data_ptr(), p, eps, mask.shape[1])
+    outputs = (loss.data_ptr(), _address(grad_At), _address(grad_B), _address(grad_mask))
+    run(*inputs, *outputs, _shape(A, B), torch.get_num_threads())
+    return loss, grad_At, grad_B, grad_mask
+
+
+def _masked_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    no_double_backward("schatten_factored")
+    grad_At, grad_B, grad_mask = ctx.saved_tensors
+    scale = grad[:, None, None]
+    d_mask = scale * grad_mask if ctx.needs_input_grad[2] else None
+    return (scale.unsqueeze(-1) * grad_At).mT, scale.unsqueeze(-1) * grad_B, d_mask, None, None, None
+
+
 _schatten_masked = define(
     "schatten_factored_masked",
-    "(Tensor A, Tensor B, Tensor mask, float p, float eps) -> Tensor",
+    "(Tensor A, Tensor B, Tensor mask, float p, float eps, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _masked_fake,
     _setup,
     _masked_backward,
 )
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def schatten(
+    A: Float[Tensor, "*I C d_in m"],
+    B: Float[Tensor, "*I C m d_out"],
+    counts: Int[Tensor, "*I C"],
+    p: float,
+    eps: float = 1e-16,
+    batch: int | None = None,
+) -> Float[Tensor, "*I"]:
+    """Sums the Schatten-p quasi-norms of the active components, from their singular values.
+
+    sum_c n_c sum_i (sigma_ci^2 + eps)^{p/2}  [ + (batch - n_c) m eps^{p/2} ]
+
+    Args:
+        A: Left factors [.., n_components, d_in, rank].
+        B: Right factors [.., n_components, rank, d_out].
+        counts: How many samples use each component, [.., n_components] integers (`Selection.counts`).
+        p: The exponent, in (0, inf).
+        eps: Added inside the power; keeps the slope finite at zero.
+        batch: The number of samples: adds what the eps of the unused components contributes. None leaves it out.
+
+    Returns:
+        The sum, a scalar or [n_instances].
+
+    Raises:
+        ValueError: If shapes or devices do not match, or p or eps is out of range.
+        TypeError: If a dtype is wrong.
+
+    Numerics: in float64 inside; a component with count 0 contributes nothing, whatever it holds.
+    Gradient: in A and B, without differences of singular values; a second derivative is refused.
+    Cost: O(C m^2 (d_in + d_out) + C m^3), value and gradient in one pass.
+    Source: Braun et al. 2025, simplicity loss of section 2.
+    """
+    if isinstance(counts, Tensor) and counts.is_floating_point():
+        raise TypeError(f"schatten: counts must be integers, got {counts.dtype}; a float mask goes to schatten_factored")
+    instances = _check_schatten("schatten", A, B, counts, p, eps, batch)
+    if not instances:
+        A, B, counts = with_instances(A, B, counts)
+    total = _schatten(A, B, counts, float(p), float(eps), -1 if batch is None else batch, _wants_grad(A, B))[0]
+    return total if instances else total.squeeze(0)
 
 
 def schatten_factored(
@@ -144,18 +292,19 @@ def schatten_factored(
         ValueError: If shapes or devices do not match, or p or eps is out of range.
         TypeError: If a dtype is wrong.
 
-    Numerics: the sum is an upper bound of the true Schatten sum for p <= 1, tight when the a_i and the b_i are
-        orthogonal.
-    Gradient: in A and B; in a float mask.
+    Numerics: in float64 inside. The sum is an upper bound of the exact one for p <= 1, tight when the a_i and the b_i
+        are orthogonal. A component with count 0 contributes nothing, whatever it holds.
+    Gradient: in A and B, and in a float mask; a second derivative is refused.
     Cost: O(C m (d_in + d_out)) with counts; plus b C m powers with a mask, never held at once.
     Source: Braun et al. 2025, appendix (practical loss), after Giampouras et al. 2020; `calc_schatten_loss` of
         ApolloResearch/apd.
     """
-    instances = _check_schatten(A, B, weights, p, eps, batch)
+    instances = _check_schatten("schatten_factored", A, B, weights, p, eps, batch)
     if not instances:
         A, B, weights = with_instances(A, B, weights)
+    with_grad = _wants_grad(A, B, weights)
     if weights.is_floating_point():
-        total = _schatten_masked(A, B, weights, float(p), float(eps))
+        total = _schatten_masked(A, B, weights, float(p), float(eps), with_grad)[0]
     else:
-        total = _schatten(A, B, weights, float(p), float(eps), -1 if batch is None else batch)
+        total = _schatten_factored(A, B, weights, float(p), float(eps), -1 if batch is None else batch, with_grad)[0]
     return total if instances else total.squeeze(0)

@@ -53,6 +53,12 @@ def define(
     return getattr(torch.ops.fastapd, name).default
 
 
+def no_double_backward(op: str) -> None:
+    """Refuses to build a graph of a backward pass whose own derivative nobody computes; call it in such a backward."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: a second derivative is not computed; call backward without create_graph=True")
+
+
 def with_instances(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors with a leading instance axis of size one."""
     return tuple(t.unsqueeze(0) for t in tensors)

@@ -43,16 +43,16 @@ def attribution_reduce(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs:
 
 def attribution_reduce_backward(
     grad: Tensor, xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the factors, recomputing the products chunk by chunk; `(grad_As, grad_Bs)`."""
-    grad_As = [torch.zeros_like(A) for A in As]
-    grad_Bs = [torch.zeros_like(B) for B in Bs]
+) -> list[Tensor]:
+    """Gradients of every At, then of every B, recomputing the products chunk by chunk."""
+    grad_At = [torch.zeros_like(A.mT, memory_format=torch.contiguous_format) for A in As]
+    grad_B = [torch.zeros_like(B, memory_format=torch.contiguous_format) for B in Bs]
     for chunk in _chunks(xs, gs, Bs):
         dt = 2 * _products(xs, gs, As, Bs, chunk) * grad[:, chunk].unsqueeze(-1)  # [I, b, C, n_outputs]
         for layer, (x, g, A, B) in enumerate(zip(xs, gs, As, Bs, strict=True)):
             u = torch.einsum("nbi,ncim->nbcm", x[:, chunk], A)
             dz = dt @ _of(g, chunk)  # [I, b, C, d_out]
             du = torch.einsum("nbco,ncmo->nbcm", dz, B)
-            grad_As[layer] = grad_As[layer] + torch.einsum("nbi,nbcm->ncim", x[:, chunk], du)
-            grad_Bs[layer] = grad_Bs[layer] + torch.einsum("nbcm,nbco->ncmo", u, dz)
-    return grad_As, grad_Bs
+            grad_At[layer] += torch.einsum("nbi,nbcm->ncmi", x[:, chunk], du)
+            grad_B[layer] += torch.einsum("nbcm,nbco->ncmo", u, dz)
+    return grad_At + grad_B

@@ -1,38 +1,126 @@
-"""Schatten sums of the components A_c B_c from their factors."""
+"""Singular values of the components A_c B_c and Schatten sums with their gradients, from the factors, in float64.
+
+Every sum here has the gradient of its value as a further output, computed in the same pass; `with_grad` asks for it,
+otherwise it comes back empty. Gradients of A are of At, [I, C, m, d_in].
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 23
 """How many elements of `[b, C, m]` the float-mask form holds at once."""
 
 
-def column_products(A: Tensor, B: Tensor) -> Tensor:
-    """`S[n, c, m] = |A[n, c, :, m]|^2 |B[n, c, m, :]|^2`, which stands for the squared singular values."""
-    return A.square().sum(-2) * B.square().sum(-1)
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A = Q_A R_A and B^T = Q_B R_B, and the core X = R_A R_B^T with the singular values of A B; all in float64."""
+    Q_A, R_A = torch.linalg.qr(A.double())
+    Q_B, R_B = torch.linalg.qr(B.double().mT)
+    return Q_A, R_A, Q_B, R_B, R_A @ R_B.mT
 
 
-def schatten_factored(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int) -> Tensor:
-    """`sum_c n_c sum_m (S_cm + eps)^{p/2} + (batch - n_c) m eps^{p/2}`; a negative batch leaves the second term out."""
-    power = (column_products(A, B) + eps).pow(p / 2).sum(-1)  # [I, C]
-    total = (counts.to(A.dtype) * power).sum(-1)
+def component_svdvals(A: Tensor, B: Tensor) -> Tensor:
+    """Descending, padded with zeros to the rank."""
+    values = torch.linalg.svdvals(_core(A, B)[-1])
+    return torch.nn.functional.pad(values, (0, A.shape[-1] - values.shape[-1])).to(A.dtype)
+
+
+def component_svdvals_backward(grad: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """`dP = U diag(grad) V^T` carried to the factors; `(grad_At, grad_B)`."""
+    return _factor_gradients(A, B, lambda sigma: grad[..., : sigma.shape[-1]].double())
+
+
+def _factor_gradients(A: Tensor, B: Tensor, weight) -> tuple[Tensor, Tensor]:
+    """Gradients of the factors when d loss / d sigma is `weight(sigma)`: no differences of singular values occur."""
+    Q_A, R_A, Q_B, R_B, X = _core(A, B)
+    U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
+    K = (U * weight(sigma).unsqueeze(-2)) @ Vh  # [I, C, k_A, k_B]
+    grad_A = Q_A @ (K @ R_B)
+    grad_Bt = Q_B @ (K.mT @ R_A)
+    return grad_A.mT.to(A.dtype).contiguous(), grad_Bt.mT.to(B.dtype).contiguous()
+
+
+def _slope(base: Tensor, p: float) -> Tensor:
+    """d/ds of s^{p/2}; zero where s is zero (only possible with eps = 0), where the slope of a root is infinite."""
+    slope = (p / 2) * base.pow(p / 2 - 1)
+    return slope if p >= 2 else torch.where(base == 0, torch.zeros_like(slope), slope)
+
+
+def _weighted(counts: Tensor, values: Tensor) -> Tensor:
+    """counts * values, where an unused component contributes nothing, whatever it holds."""
+    while counts.dim() < values.dim():
+        counts = counts.unsqueeze(-1)
+    return torch.where(counts == 0, torch.zeros_like(values), counts.to(values.dtype) * values)
+
+
+def _off(counts: Tensor, rank: int, p: float, eps: float, batch: int) -> Tensor:
+    """What the eps of the unused (sample, component) pairs contributes."""
+    unused = batch * counts.shape[-1] - counts.sum(-1)
+    return unused.double() * (rank * eps ** (p / 2))
+
+
+def schatten(
+    A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact sum, from singular values."""
+    sigma = component_svdvals(A.double(), B.double())  # [I, C, m]
+    total = _weighted(counts, (sigma.square() + eps).pow(p / 2).sum(-1)).sum(-1)
     if batch >= 0:
-        off = batch * counts.shape[-1] - counts.sum(-1)
-        total = total + off.to(A.dtype) * (A.shape[-1] * eps ** (p / 2))
-    return total
+        total = total + _off(counts, A.shape[-1], p, eps, batch)
+    if not with_grad:
+        return total.to(A.dtype), A.new_empty(0), B.new_empty(0)
+    grad_At, grad_B = _factor_gradients(A, B, lambda s: 2 * s * _slope(s.square() + eps, p))
+    return total.to(A.dtype), _weighted(counts, grad_At), _weighted(counts, grad_B)
 
 
-def schatten_factored_masked(A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float) -> Tensor:
+def _norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared lengths of the columns of A and the rows of B, [I, C, m]."""
+    return A.double().square().sum(-2), B.double().square().sum(-1)
+
+
+def _spread(dS: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the factors from that of S_cm = |a_cm|^2 |b_cm|^2."""
+    norm_a, norm_b = _norms(A, B)
+    grad_At = 2 * (dS * norm_b).unsqueeze(-1) * A.mT.double()
+    grad_B = 2 * (dS * norm_a).unsqueeze(-1) * B.double()
+    return grad_At.to(A.dtype), grad_B.to(B.dtype)
+
+
+def schatten_factored(
+    A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with |a_i|^2 |b_i|^2 in place of squared singular values."""
+    norm_a, norm_b = _norms(A, B)
+    base = norm_a * norm_b + eps
+    total = _weighted(counts, base.pow(p / 2).sum(-1)).sum(-1)
+    if batch >= 0:
+        total = total + _off(counts, A.shape[-1], p, eps, batch)
+    if not with_grad:
+        return total.to(A.dtype), A.new_empty(0), B.new_empty(0)
+    grad_At, grad_B = _spread(_slope(base, p), A, B)
+    return total.to(A.dtype), _weighted(counts, grad_At), _weighted(counts, grad_B)
+
+
+def schatten_factored_masked(
+    A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sum_b sum_c sum_m (mask_bc S_cm + eps)^{p/2}`, a bounded number of samples at a time."""
-    S = column_products(A, B)
-    total = A.new_zeros(A.shape[0])
-    for chunk in chunks(mask, S):
-        inner = mask[:, chunk].unsqueeze(-1) * S.unsqueeze(1)  # [I, b, C, m]
-        total = total + (inner + eps).pow(p / 2).sum((-3, -2, -1))
-    return total
-
-
-def chunks(mask: Tensor, S: Tensor) -> list[slice]:
+    norm_a, norm_b = _norms(A, B)
+    S = norm_a * norm_b
+    total, dS = S.new_zeros(A.shape[0]), torch.zeros_like(S)
+    grad_mask = torch.empty_like(mask, memory_format=torch.contiguous_format) if with_grad else mask.new_empty(0)
     step = max(1, CHUNK_ELEMENTS // max(1, S.numel()))
-    return [slice(b, min(b + step, mask.shape[1])) for b in range(0, mask.shape[1], step)]
+    for first in range(0, mask.shape[1], step):
+        chunk = slice(first, first + step)
+        weight = mask[:, chunk].double().unsqueeze(-1)  # [I, b, C, 1]
+        base = weight * S.unsqueeze(1) + eps
+        total = total + base.pow(p / 2).sum((-3, -2, -1))
+        if with_grad:
+            slope = _slope(base, p)
+            dS = dS + (weight * slope).sum(1)
+            grad_mask[:, chunk] = (S.unsqueeze(1) * slope).sum(-1).to(mask.dtype)
+    if not with_grad:
+        return total.to(A.dtype), A.new_empty(0), B.new_empty(0), grad_mask
+    grad_At, grad_B = _spread(dS, A, B)
+    return total.to(A.dtype), grad_At, grad_B, grad_mask
