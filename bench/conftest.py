@@ -93,7 +93,9 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 
 def _machine_name(machine_info: dict[str, Any]) -> str:
     """FASTAPD_BENCH_MACHINE, or the processor's name without its maker, and its cores: epyc-2core."""
-    brand = re.sub(r"\(.*?\)|@.*|\b(amd|intel|apple|cpu|processor|\d+-core)\b", " ", machine_info["cpu"]["brand_raw"].lower())
+    brand = re.sub(
+        r"\(.*?\)|@.*|\b(amd|intel|apple|cpu|processor|\d+-core)\b", " ", machine_info["cpu"]["brand_raw"].lower()
+    )
     brand = "-".join(re.findall(r"[a-z0-9]+", brand)) or machine_info["machine"]
     return os.environ.get("FASTAPD_BENCH_MACHINE") or f"{brand}-{machine_info['cpu']['count']}core"
 
@@ -199,7 +201,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     timer = str(config._benchmarksession.options["timer"])  # type: ignore[attr-defined]
     what = "CPU time" if "process_time" in timer else timer
     terminalreporter.section(f"{what}, {'one thread' if threads == 1 else f'{threads} threads'}, float32")
-    write("median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream) and than")
+    write(
+        "median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream) and than"
+    )
     write("the fastest plain torch form. > is what fastapd chooses by itself, + another of its backends, forced.")
     if before:
         write(f"before: vs upstream in {before_name}")

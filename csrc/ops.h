@@ -51,11 +51,12 @@ struct ForwardSizes {
 // Each csrc/cpu/<op>.cpp is compiled once per instruction-set level, into a namespace of that name.
 #define FASTAPD_DECLARE_LEVEL(LEVEL)                                                                                   \
   namespace LEVEL {                                                                                                    \
-  /* scores [I, b, C] -> the n_pairs largest of each instance; ties: lowest flat index; NaN largest; +-0 equal. */    \
-  /* Returns false when its workspace (at most b*C keys) cannot be allocated. */                                       \
+  /* scores [I, b, C] -> the `capacity` largest of each instance, or counts[i] of them (counts null or [I]; the rest  */ \
+  /* of the lists is zero), or, if k >= 0, the k largest of each sample (capacity = k b). Ties: lowest flat index;     */ \
+  /* NaN largest; +-0 equal. False when the workspace (at most b*C keys) cannot be allocated. */                       \
   template <class T>                                                                                                   \
   bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,         \
-                  int64_t n_pairs, int threads);                                                                       \
+                  int64_t capacity, const int64_t* counts, int64_t k, int threads);                                    \
   /* out [I, b, C] = sum over outputs of (sum over layers of <x A_c, g B_c^T>)^2. */                                   \
   /* Returns false when its workspace (lanes * (sum d_in + (n_outputs + 1) * sum d_out) values a thread) fails. */     \
   template <class T>                                                                                                   \

@@ -32,32 +32,75 @@ def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:
     return {name: g.permute(1, 2, 0, 3) for name, g in zip(sites, gradients, strict=True)}
 
 
-@torch.no_grad()
-def gradient_attributions(model: ComponentModel, record: Record) -> Float[Tensor, "I b C"]:
-    """First-order effect of each component's weights on the outputs, from the target model.
+def gradient_attributions(model: ComponentModel, record: Record, norm: bool = False) -> Float[Tensor, "I b C"]:
+    """First-order effect of each component's weights on the outputs.
 
-    a_bc = sum_o ( sum_l <df_o/dW_l, P_c,l> )^2
+    a_bc = sum_o ( sum_l <df_o/dW_l, P_c,l> )^2          with norm: sqrt(a_bc / n_outputs)
 
     Args:
         model: The target and its components.
-        record: From `model.record_target(x, differentiable=True)`.
+        record: From `model.record_target(x, differentiable=True)`: where activations and gradients are taken, which
+            count as constants.
+        norm: The paper's form, which ranks components the same; its slope at zero is infinite.
 
     Returns:
-        Attributions [n_instances, batch, n_components]; no gradient flows through them.
+        Attributions [n_instances, batch, n_components], differentiable in the components.
 
-    Source: Braun et al. 2025, appendix A.1, without its square root and 1/n_outputs, which do not change the order;
-        `calc_grad_attributions` of ApolloResearch/apd.
+    Source: Braun et al. 2025, appendix A.1; `calc_grad_attributions` of ApolloResearch/apd has no square root and no
+        1/n_outputs.
     """
-    with torch.enable_grad():
-        gradients = output_gradients(record)
+    gradients = output_gradients(record)
     names = [site.name for site in model.sites]
     factors = [model.components.factors(name) for name in names]
-    return attribution_reduce(
+    squares = attribution_reduce(
         [record.inputs[name] for name in names],
         [gradients[name].detach() for name in names],
         [A for A, _ in factors],
         [B for _, B in factors],
     )
+    return (squares / record.output.shape[-1]).sqrt() if norm else squares
+
+
+@torch.no_grad()
+def ablation_attributions(
+    model: ComponentModel, x: Tensor, output: Tensor, as_reference: bool = False
+) -> Float[Tensor, "I b C"]:
+    """How much the output changes without a component: mean_o (f - f without c)^2.
+
+    Args:
+        model: The target and its components.
+        x: The target's input.
+        output: The component model's output with all components on, [n_instances, batch, n_outputs] or without the
+            instance axis.
+        as_reference: What the research code computes at commit 4e29d43, which unpacks the ablated output into three:
+            an error, or with a batch of three a comparison with the first sample's output.
+
+    Returns:
+        Attributions [n_instances, batch, n_components]; no gradient flows through them.
+
+    Raises:
+        ValueError: With `as_reference`, unless the batch is three.
+
+    Cost: one forward pass of the component model for each component.
+    """
+    site = model.sites[0]
+    n_components = model.components.n_components
+    batch = site.to_instances(x).shape[1]
+    found = []
+    for c in range(n_components):
+        mask = site.weight.new_ones(model.components.n_instances, 1, n_components)
+        mask[:, :, c] = 0
+        without = model.forward(x, mask.expand(-1, batch, -1)).output
+        if as_reference:
+            if batch != 3:
+                few = "too many" if batch > 3 else "not enough"
+                raise ValueError(
+                    f"ablation_attributions: {few} values to unpack (expected 3), as the research code says"
+                )
+            without = without[..., :1, :]
+        change = (output - without).square().mean(-1)
+        found.append(change.reshape(model.components.n_instances, batch))
+    return torch.stack(found, -1)
 
 
 def activation_attributions(components: Components, record: Record) -> Float[Tensor, "I b C"]:

@@ -53,7 +53,12 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",
     },
+    "batch_topk_counts": {
+        "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_counts",
+        "reference": "fastapd.reference.batch_topk:batch_topk_counts",
+    },
     "sample_topk": {
+        "cpu": "fastapd.ops._batch_topk:cpu_sample_topk",
         "reference": "fastapd.reference.batch_topk:sample_topk",
     },
     "component_svdvals": {

@@ -70,17 +70,34 @@ class _Model(BaseModel):
 class APD(_Model):
     """The method: how components are selected and what the loss is made of. A term of coefficient 0 is not computed."""
 
-    topk: _Coefficient = Field(description="active components per sample, on average over the batch (>= 0)")
-    selection: Literal["batch", "sample"] = Field(
-        default="batch", description="take the largest of a batch, or of each sample"
+    topk: _Coefficient | None = Field(
+        description="active components per sample, on average over the batch (>= 0); none: all on, weighted (Lp form)"
     )
-    attribution: Literal["gradient", "activation"] = Field(
+    selection: Literal["batch", "sample", "exact"] = Field(
+        default="batch", description="take the largest of a batch, of each sample, or as many as inputs are active"
+    )
+    distil_from_target: bool = Field(
+        default=False, strict=True, description="the last component is always on, unranked"
+    )
+    attribution: Literal["gradient", "activation", "ablation"] = Field(
         default="gradient", description="measure of a component's effect"
+    )
+    attribution_model: Literal["target", "components"] = Field(
+        default="target", description="whose activations and output gradients gradient attributions use"
+    )
+    attribution_norm: bool = Field(
+        default=False, strict=True, description="report sqrt(mean over outputs), as the paper"
     )
     faithfulness: _Coefficient = Field(default=1.0, description="coefficient: components sum to the target weights")
     minimality: _Coefficient = Field(default=1.0, description="coefficient: the active components reproduce the output")
     simplicity: _Coefficient = Field(default=1.0, description="coefficient: the active components have low rank")
     p: _Positive = Field(default=0.9, description="exponent of the Schatten norm in the simplicity term (> 0)")
+    schatten: Literal["factored", "exact"] = Field(
+        default="factored", description="simplicity from |a||b| (the research code's) or from singular values"
+    )
+    lp_sparsity: _Coefficient = Field(default=0.0, description="coefficient: attributions are sparse (Lp form)")
+    lp_p: _Positive = Field(default=0.9, description="exponent of the attributions in the Lp form (> 0)")
+    distance: Literal["mse", "kl"] = Field(default="mse", description="between outputs, in the reconstruction terms")
     output_reconstruction: _Coefficient = Field(
         default=0.0, description="coefficient: all components reproduce the output"
     )
@@ -89,14 +106,24 @@ class APD(_Model):
     )
     unit_norm: bool = Field(default=False, strict=True, description="keep every factor A of unit norm")
     eps: _Positive = Field(default=1e-16, description="added to squared singular values before the power p/2 (> 0)")
+    reference_exact_count: bool = Field(
+        default=False, strict=True, description="exact selection counts as the research code does, rounding included"
+    )
 
     @pydantic.field_validator("selection")
     @classmethod
     def _whole_topk(cls, selection: str, info: ValidationInfo) -> str:
         topk = info.data.get("topk", 0.0)
-        if selection == "sample" and not topk.is_integer():
+        if selection == "sample" and topk is not None and not topk.is_integer():
             raise _house("be a whole number when selection is 'sample'", topk, key="topk")
         return selection
+
+    @pydantic.field_validator("schatten")
+    @classmethod
+    def _exact_needs_selection(cls, schatten: str, info: ValidationInfo) -> str:
+        if schatten == "exact" and "topk" in info.data and info.data["topk"] is None:
+            raise _house("be 'factored' when topk is none, whose weights stand inside the power", schatten)
+        return schatten
 
 
 class Optimiser(_Model):
@@ -181,8 +208,10 @@ class RunConfig(_Model):
     @classmethod
     def _topk_fits(cls, method: APD, info: ValidationInfo) -> APD:
         n_components = info.data.get("n_components", math.inf)
-        if method.topk > n_components:
-            raise _house(f"be <= n_components = {n_components}", method.topk, key="method.topk")
+        rankable = n_components - method.distil_from_target
+        if method.topk is not None and method.topk > rankable:
+            which = "n_components - 1" if method.distil_from_target else "n_components"
+            raise _house(f"be <= {which} = {rankable}", method.topk, key="method.topk")
         return method
 
 

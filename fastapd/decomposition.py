@@ -15,6 +15,7 @@ from fastapd.ops import Selection
 if TYPE_CHECKING:
     from fastapd._rundir import RunDirectory
     from fastapd.config import APD
+    from fastapd.training import Step
 
 
 class Decomposition:
@@ -59,12 +60,12 @@ class Decomposition:
         return self.model.components.parts(layer).detach()
 
     @torch.no_grad()
-    def select(self, x: Tensor) -> tuple[Float[Tensor, "I b C"], Selection, Record]:
-        """Attributions of a batch, the selection the method makes from them, and the masked forward."""
+    def select(self, x: Tensor) -> tuple[Step, Record]:
+        """What the method selects on a batch (attributions, mask, counts), and the forward pass of it."""
         from fastapd.training import evaluate
 
         step = evaluate(self.model, self.method, x)
-        return step.attributions, step.selection, self.model.forward(x, step.selection)
+        return step, self.model.forward(x, step.selection, step.always_on)
 
     @torch.no_grad()
     def score(self, x: Tensor) -> dict[str, Float[Tensor, " I"]]:
@@ -82,7 +83,7 @@ class Decomposition:
 
         rows = self.model.to_instances
         target = rows(self.model.record_target(x).output)
-        _, selection, masked = self.select(x)
+        step, masked = self.select(x)
         weights = self.model.weights
         return {
             "faithfulness_error": metrics.relative_faithfulness(
@@ -90,8 +91,8 @@ class Decomposition:
             ),
             "topk_mse": losses.reconstruction(rows(masked.output), target),
             "full_mse": losses.reconstruction(rows(self.model.forward(x).output), target),
-            "l0": metrics.l0(selection.counts, selection.batch),
-            "alive": metrics.alive(selection.counts),
+            "l0": metrics.l0(step.counts, step.attributions.shape[1]),
+            "alive": metrics.alive(step.counts),
         }
 
     def save(self, run: RunDirectory) -> None:

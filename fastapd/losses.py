@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastapd.components import Components
-from fastapd.ops import Selection, component_sum_loss, schatten_factored
+from fastapd.ops import component_sum_loss, schatten, schatten_factored
 
 
 def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params: int) -> Float[Tensor, " I"]:
@@ -42,6 +42,40 @@ def reconstruction(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]
     return error.sum((-2, -1)) / max(error.shape[-2] * error.shape[-1], 1)  # an empty batch has no error
 
 
+def kl_divergence(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
+    """Mean over samples of KL(softmax f* ‖ softmax f), outputs being logits, in nats.
+
+    Args:
+        output, target_output: [n_instances, batch, n_outputs], or any shape without the instance axis.
+    """
+    log_p = target_output.detach().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - output.log_softmax(-1))).sum(-1)
+    return kl.mean(-1) if kl.dim() == 2 and output.dim() == 3 else kl.mean().reshape(1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": reconstruction, "kl": kl_divergence}
+
+
+def lp_weights(
+    attributions: Float[Tensor, "I b C"], n_outputs: int, p: float, eps: float = 1e-16
+) -> Float[Tensor, "I b C"]:
+    """The Lp form's weight of every component on every sample: (|a| / n_outputs + eps)^{p/2}.
+
+    Args:
+        attributions: Without square root, as `gradient_attributions` gives them.
+        n_outputs: Of the target.
+        p: The exponent; eps stands inside the power.
+
+    Source: `calc_lp_sparsity_loss` of ApolloResearch/apd.
+    """
+    return (attributions.abs() / n_outputs + eps).pow(p / 2)
+
+
+def lp_sparsity(weights: Float[Tensor, "I b C"]) -> Float[Tensor, " I"]:
+    """mean_b sum_c of `lp_weights`."""
+    return weights.sum(-1).mean(-1)
+
+
 def activation_reconstruction(
     outputs: Mapping[str, Tensor],
     target_outputs: Mapping[str, Tensor],
@@ -67,26 +101,42 @@ def activation_reconstruction(
 
 
 def simplicity(
-    components: Components, selection: Selection, p: float, eps: float, n_params: int
+    components: Components,
+    weights: Tensor,
+    p: float,
+    eps: float,
+    n_params: int,
+    batch: int,
+    exact: bool = False,
 ) -> Float[Tensor, " I"]:
-    """How much rank the selected components carry, by the factored Schatten sum.
+    """How much rank the active components carry, by a Schatten sum.
 
-    L = 1/(n_params batch) sum_l [ sum_c n_c sum_i (‖a_i‖²‖b_i‖² + eps)^{p/2} + (batch − n_c) m eps^{p/2} ]
+    L = 1/(n_params batch) sum_l [ sum_c n_c sum_i (sigma_i² + eps)^{p/2} + (batch − n_c) m eps^{p/2} ]
+
+    with ‖a_i‖²‖b_i‖² in place of sigma_i² unless exact; for a float mask, the weights stand inside the power.
 
     Args:
         components: The components.
-        selection: Which components each sample uses.
+        weights: How many samples use each component, integers [n_instances, C]; or a float mask
+            [n_instances, batch, C].
         p: The exponent of the quasi-norm.
         eps: Inside the power.
         n_params: As for `faithfulness`.
+        batch: The number of samples.
+        exact: Singular values; only with counts.
 
-    Source: Braun et al. 2025, appendix (practical loss); `calc_schatten_loss` of ApolloResearch/apd.
+    Source: Braun et al. 2025, section 2 (exact) and appendix (factored); `calc_schatten_loss` of ApolloResearch/apd.
     """
-    counts, batch = selection.counts, selection.batch
+    some = next(iter(components.B.values()))
     if batch == 0:
-        return counts.new_zeros(counts.shape[0], dtype=torch.get_default_dtype())
-    terms = [
-        uses * schatten_factored(*components.factors(name), counts, p, eps, batch)
-        for name, uses in components.multiplicity.items()
-    ]
+        return some.new_zeros(components.n_instances)
+    terms = []
+    for name, uses in components.multiplicity.items():
+        A, B = components.factors(name)
+        if exact:
+            terms.append(uses * schatten(A, B, weights, p, eps, batch))
+        else:
+            terms.append(
+                uses * schatten_factored(A, B, weights, p, eps, None if weights.is_floating_point() else batch)
+            )
     return torch.stack(terms).sum(0) / (n_params * batch)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd.components import Components, LayerShape
-from fastapd.ops import Selection, component_forward, component_forward_selected
+from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
 
 
 class Linear(nn.Module):
@@ -185,12 +185,14 @@ class ComponentModel:
         """The target's output with one axis of samples for each instance, whatever axes it has."""
         return output.reshape(self.components.n_instances, -1, output.shape[-1])
 
-    def forward(self, x: Tensor, active: Selection | Tensor | None = None) -> Record:
+    def forward(self, x: Tensor, active: Selection | Tensor | None = None, always_on: int = 0) -> Record:
         """Runs the target on component sums.
 
         Args:
             x: The target's input.
             active: Which components run: a `Selection`, a mask [n_instances, batch, C] of any weights, or None for all.
+            always_on: With a selection, how many components at the end run on every sample; the selection is then one
+                of the others alone.
 
         Returns:
             The output and what passed through the sites, differentiable in the components.
@@ -202,7 +204,10 @@ class ComponentModel:
             A, B = self.components.factors(site.name)
             rows = site.to_instances(x)
             if isinstance(active, Selection):
-                y = component_forward_selected(rows, A, B, active)
+                ranked = A.shape[1] - always_on
+                y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
+                if always_on:
+                    y = y + rows @ component_sum(A[:, ranked:], B[:, ranked:])
             elif active is None:
                 y = rows @ self.components.weight(site.name)
             else:
@@ -214,20 +219,21 @@ class ComponentModel:
             output = self.target(x)
         return Record(output, inputs, outputs)
 
-    def record_target(self, x: Tensor, differentiable: bool = False) -> Record:
+    def record_target(self, x: Tensor, differentiable: bool = False, of_components: bool = False) -> Record:
         """Runs the target itself and records its sites.
 
         Args:
             x: The target's input.
             differentiable: Whether the output can be differentiated by the recorded site outputs. Parameters of the
                 target never receive gradients.
+            of_components: Record the component model with all components on instead; its weights count as constants.
         """
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def layer(site: Site, x: Tensor) -> Tensor:
             rows = site.to_instances(x)
-            y = rows @ site.weight
+            y = rows @ (self.components.weight(site.name).detach() if of_components else site.weight)
             if differentiable and not y.requires_grad:
                 y.requires_grad_()
             inputs[site.name], outputs[site.name] = rows.detach(), y

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastapd import losses
 from fastapd._random import stream
-from fastapd.attributions import activation_attributions, gradient_attributions
+from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.model import ComponentModel, Record, find_sites
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastapd.config import APD, Optimiser
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class DivergedError(RuntimeError):
@@ -45,7 +46,25 @@ class Step(NamedTuple):
     terms: dict[str, Float[Tensor, " I"]]
     """Each term before its coefficient, one value an instance."""
     attributions: Float[Tensor, "I b C"]
-    selection: Selection
+    selection: Selection | None
+    """Of the ranked components; None in the Lp form, where all are on."""
+    always_on: int
+    """How many components, the last ones, are on for every sample and not ranked."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Which components are on, bool [n_instances, batch, C]."""
+        if self.selection is None:
+            return torch.ones_like(self.attributions, dtype=torch.bool)
+        return torch.nn.functional.pad(self.selection.mask, (0, self.always_on), value=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many samples use each component, [n_instances, C]."""
+        batch = self.attributions.shape[1]
+        if self.selection is None:
+            return torch.full_like(self.attributions[:, 0], batch, dtype=torch.int64)
+        return torch.nn.functional.pad(self.selection.counts, (0, self.always_on), value=batch)
 
 
 def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
@@ -68,11 +87,41 @@ def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
     return optimiser.lr
 
 
-def select(attributions: Float[Tensor, "I b C"], method: APD) -> Selection:
-    """The selection that the method makes: int(topk * batch) pairs of the batch, or topk of each sample."""
+def select(attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None = None) -> Selection:
+    """The selection that the method makes among ranked components.
+
+    Args:
+        attributions: Of the components that are ranked.
+        method: `selection` "batch" takes int(topk * batch) pairs of the batch, "sample" takes topk of each sample,
+            "exact" as many pairs of the batch as inputs are not zero.
+        x: The inputs [n_instances, batch, ..]; only "exact" looks at them.
+    """
+    n_instances, batch, n_components = attributions.shape
     if method.selection == "sample":
-        return sample_topk(attributions, int(method.topk))
-    return batch_topk(attributions, int(method.topk * attributions.shape[1]))
+        return sample_topk(attributions, int(method.topk or 0))
+    if method.selection == "batch":
+        return batch_topk(attributions, int((method.topk or 0) * batch))
+    if x is None:
+        raise ValueError("select: x must be given for the exact selection, got None")
+    active = (x != 0).reshape(n_instances, -1).sum(-1)  # [I]
+    if method.reference_exact_count:  # float32 division and truncation lose one now and then
+        active = ((active.float() / batch).double() * batch).long()
+    return batch_topk(attributions, active.clamp(max=batch * n_components))
+
+
+def _attributions(model: ComponentModel, method: APD, x: Tensor, target: Record | None, full: Record | None) -> Tensor:
+    """By the method's measure; differentiable only in the Lp form, which is the only one that needs it."""
+    with torch.set_grad_enabled(method.topk is None and torch.is_grad_enabled()):
+        if method.attribution == "activation":
+            assert full is not None
+            return activation_attributions(model.components, full)
+        if method.attribution == "ablation":
+            assert full is not None
+            return ablation_attributions(model, x, full.output)
+        record = target
+        if record is None:
+            record = model.record_target(x, differentiable=True, of_components=True)
+        return gradient_attributions(model, record, method.attribution_norm)
 
 
 def evaluate(
@@ -81,6 +130,7 @@ def evaluate(
     x: Tensor,
     activations: Activations | None = None,
     output_reconstruction: bool = False,
+    distance: Distance | None = None,
 ) -> Step:
     """All losses of one batch, differentiable in the components.
 
@@ -91,38 +141,54 @@ def evaluate(
         activations: For the activation term, what to apply to each compared site's output; None compares all as they
             are.
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
+        distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
     """
-    target = model.record_target(x, differentiable=method.attribution == "gradient")
-    output = model.to_instances(target.output.detach())
+    of_target = method.attribution == "gradient" and method.attribution_model == "target"
+    target = model.record_target(x, differentiable=of_target)
+    output = target.output.detach()
+    distance = distance or losses.DISTANCES[method.distance]
+    output_reconstruction = output_reconstruction or bool(method.output_reconstruction)
+    hidden_of_full = method.topk is None and bool(method.activation_reconstruction)
     full: Record | None = None
-    if method.attribution == "activation" or method.output_reconstruction or output_reconstruction:
+    if method.attribution != "gradient" or output_reconstruction or hidden_of_full:
         full = model.forward(x)
-    if method.attribution == "gradient":
-        attributions = gradient_attributions(model, target)
-    else:
-        assert full is not None
-        with torch.no_grad():
-            attributions = activation_attributions(model.components, full)
-    selection = select(attributions, method)
-    terms: dict[str, Tensor] = {}
+    attributions = _attributions(model, method, x, target if of_target else None, full)
+    always_on = int(method.distil_from_target)
+    ranked = attributions[..., : attributions.shape[-1] - always_on]
+    selection = None if method.topk is None else select(ranked, method, x)
+    step = Step(x.new_zeros(()), {}, attributions, selection, always_on)
+    terms = step.terms
     if method.faithfulness:
         terms["faithfulness"] = losses.faithfulness(model.components, model.weights, model.n_params)
-    if full is not None and (method.output_reconstruction or output_reconstruction):
-        terms["output_reconstruction"] = losses.reconstruction(model.to_instances(full.output), output)
-    if method.minimality or method.activation_reconstruction:
-        masked = model.forward(x, selection)
+    if full is not None and output_reconstruction:
+        terms["output_reconstruction"] = distance(full.output, output)
+    masked = full
+    if selection is not None and (method.minimality or method.activation_reconstruction):
+        masked = model.forward(x, selection, always_on)
         if method.minimality:
-            terms["minimality"] = losses.reconstruction(model.to_instances(masked.output), output)
-        if method.activation_reconstruction:
-            acts = activations or {name: _identity for name in masked.outputs}
-            terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)
+            terms["minimality"] = distance(masked.output, output)
+    if masked is not None and method.activation_reconstruction:
+        acts = activations or {name: _identity for name in masked.outputs}
+        terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)
+    weights: Tensor | None = None
+    if method.lp_sparsity or (selection is None and method.simplicity):
+        weights = losses.lp_weights(attributions, output.shape[-1], method.lp_p)
+        if method.lp_sparsity:
+            terms["lp_sparsity"] = losses.lp_sparsity(weights)
     if method.simplicity:
-        terms["simplicity"] = losses.simplicity(model.components, selection, method.p, method.eps, model.n_params)
-    total = x.new_zeros(())
+        if selection is not None:
+            weights = step.counts
+        assert weights is not None
+        batch = attributions.shape[1]
+        exact = method.schatten == "exact"
+        terms["simplicity"] = losses.simplicity(
+            model.components, weights, method.p, method.eps, model.n_params, batch, exact
+        )
+    total = step.total
     for name, term in terms.items():
         if coefficient := getattr(method, name):
             total = total + coefficient * term.mean()
-    return Step(total, terms, attributions, selection)
+    return step._replace(total=total)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -141,6 +207,7 @@ def train_step(
     lr: float,
     x: Tensor,
     activations: Activations | None = None,
+    distance: Distance | None = None,
 ) -> Step:
     """One step of training: normalise, evaluate, differentiate, update. Returns what `evaluate` found."""
     if method.unit_norm:
@@ -148,7 +215,7 @@ def train_step(
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.zero_grad(set_to_none=True)
-    step = evaluate(model, method, x, activations)
+    step = evaluate(model, method, x, activations, distance=distance)
     if step.total.requires_grad:
         # only the components: whatever else of the target requires gradients is left alone
         step.total.backward(inputs=list(model.components.parameters()))
@@ -163,7 +230,7 @@ def _row(step: Step, index: int, lr: float, started: float) -> dict[str, Any]:
     row["total"] = step.total.item()
     for name, term in step.terms.items():
         row[name] = term.detach().mean().item()
-        row[f"{name}_per_instance"] = term.detach().tolist()
+        row[f"{name}_per_instance"] = term.detach().reshape(-1).tolist()
     return row
 
 
@@ -192,6 +259,7 @@ def decompose(
     init_scale: float = 1.0,
     seed: int = 0,
     activations: Activations | None = None,
+    distance: Distance | None = None,
     out: RunDirectory | str | Path | None = None,
     log_every: int = 100,
     progress: bool = False,
@@ -212,6 +280,7 @@ def decompose(
         init_scale: Of drawn components.
         seed: Of the initial components.
         activations: For the activation term, what to apply to each compared site's output.
+        distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
         out: The run directory to write metrics, components and status to, which must not hold anything yet, or one
             that was made already; None writes nothing.
         log_every: Steps between two rows of metrics.
@@ -262,12 +331,12 @@ def decompose(
             lr = learning_rate(index, steps, optimiser)
             logged = index % log_every == 0 or index == steps
             if index < steps:
-                step = train_step(model, method, adam, lr, x, activations)
+                step = train_step(model, method, adam, lr, x, activations, distance)
             else:
                 if method.unit_norm:
                     init.normalise_()
                 with torch.no_grad():
-                    step = evaluate(model, method, x, activations)
+                    step = evaluate(model, method, x, activations, distance=distance)
             if logged:
                 row = _row(step, index, lr, started)
                 if not math.isfinite(row["total"]):

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from fastapd import losses, ops, use_backend
-from fastapd.attributions import activation_attributions, gradient_attributions, output_gradients
+from fastapd.attributions import (
+    ablation_attributions,
+    activation_attributions,
+    gradient_attributions,
+    output_gradients,
+)
 from fastapd.components import Components
 from fastapd.config import APD, Optimiser
 from fastapd.experiments.residual_mlp import ResidualMLP
 from fastapd.experiments.tms import TMS, sparse_features
 from fastapd.metrics import mmcs_ml2r
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import evaluate, learning_rate, make_optimiser, train_step
+from fastapd.training import Step, evaluate, learning_rate, make_optimiser, select, train_step
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -117,6 +122,8 @@ def test_attributions_reproduce_the_golden_arrays(name, dtype, backend):
         selection = ops.batch_topk(attributions, int(1.5 * x.shape[1]))
         z.assert_mask(batch_second(selection.mask), "f64/batch_topk_1.5_mask")
         z.assert_close(batch_second(model.forward(x, selection).output), "f64/spd_out_topk")
+        ablation = ablation_attributions(model, x, full.output.detach())
+        z.assert_close(batch_second(ablation), "f64/ablation_attributions")
 
 
 @backends
@@ -171,17 +178,62 @@ def test_masks_reproduce_the_golden_arrays(dtype, backend):
             z.assert_mask(ops.batch_topk(z["scores"], K).mask, f"mask_batch_k{k}")
             mask = ops.batch_topk(z["scores_inst"].transpose(0, 1), K).mask
             z.assert_mask(batch_second(mask), f"mask_inst_batch_k{k}")
-    for k in (1, 3):  # the per-sample form has one backend, the reference
-        z.assert_mask(ops.sample_topk(z["scores"], k).mask, f"mask_sample_k{k}")
-        mask = ops.sample_topk(z["scores_inst"].transpose(0, 1), k).mask
-        z.assert_mask(batch_second(mask), f"mask_inst_sample_k{k}")
+        for k in (1, 3):
+            z.assert_mask(ops.sample_topk(z["scores"], k).mask, f"mask_sample_k{k}")
+            mask = ops.sample_topk(z["scores_inst"].transpose(0, 1), k).mask
+            z.assert_mask(batch_second(mask), f"mask_inst_sample_k{k}")
 
 
+@backends
+@dtypes
+@pytest.mark.parametrize("batch", [16, 100])
+def test_exact_selection_reproduces_the_golden_arrays(batch, dtype, backend):
+    z = Arrays("topk_mask", dtype)
+    x, scores = batch_second(z[f"exact_batch_{batch}"]), batch_second(z[f"exact_scores_{batch}"])
+    exact = APD(topk=1.0, selection="exact")
+    with use_backend(*backend):
+        as_reference = select(scores, exact.model_copy(update={"reference_exact_count": True}), x)
+        ours = select(scores, exact, x)
+    z.assert_mask(batch_second(as_reference.mask), f"exact_mask_{batch}")
+    assert int(as_reference.mask.sum()) == int(z.file[f"exact_mask_count_{batch}"])
+    assert int(ours.mask.sum()) == int(z.file[f"exact_nonzero_count_{batch}"])
+
+
+@backends
+@dtypes
+def test_distillation_reproduces_the_golden_arrays(dtype, backend):
+    z = Arrays("topk_mask", dtype)
+    scores = z["scores"].unsqueeze(0)
+    with use_backend(*backend):
+        selection = select(scores[..., :-1], APD(topk=1.28, distil_from_target=True))
+    step = Step(torch.zeros(()), {}, scores, selection, 1)
+    z.assert_mask(step.mask.squeeze(0), "distil_mask_batch_k1.28")
+    assert step.counts[0, -1] == 12
+
+
+@dtypes
+@pytest.mark.parametrize("p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("axis", ["noinst", "inst"])
+def test_lp_sparsity_reproduces_the_golden_arrays(axis, p, dtype):
+    z = Arrays("lp_sparsity", dtype)
+    given = z[f"{axis}/attributions"]
+    attributions = (batch_second(given) if axis == "inst" else given.unsqueeze(0)).requires_grad_()
+    weights = losses.lp_weights(attributions, int(z.file["d_model_out"]), p)
+    loss = losses.lp_sparsity(weights)
+    loss.mean().backward()
+    shaped = batch_second if axis == "inst" else (lambda t: t.squeeze(0))
+    z.assert_close(shaped(weights), f"{axis}/f64/p{p}/per_k")
+    z.assert_close(loss if axis == "inst" else loss.squeeze(0), f"{axis}/f64/p{p}/loss")
+    z.assert_close(shaped(attributions.grad), f"{axis}/f64/p{p}/dattr")
+
+
+@backends
 @dtypes
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("p", [1.0, 0.9, 0.5])
 @pytest.mark.parametrize("axis", ["noinst", "inst"])
-def test_factored_schatten_reproduces_the_golden_arrays(axis, p, kind, dtype):
+def test_factored_schatten_reproduces_the_golden_arrays(axis, p, kind, dtype, backend):
+    use_backend(*backend)
     z = Arrays("schatten", dtype)
     leaves = {key: z[f"{axis}/{key}"].requires_grad_() for key in ("A/l1", "B/l1", "A/l2", "B/l2")}
     mask = z[f"{axis}/{kind}_mask"]
@@ -221,6 +273,24 @@ def test_faithfulness_reproduces_the_golden_arrays(name, dtype, backend):
         key = layer.replace(".", "/")
         z.assert_close(given.At[key].grad.mT, f"{name}/f64/d/{layer}.A")
         z.assert_close(given.B[key].grad, f"{name}/f64/d/{layer}.B")
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("p", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("axis", ["noinst", "inst"])
+def test_exact_schatten_reproduces_the_golden_arrays(axis, p, dtype, backend):
+    z = Arrays("schatten", dtype)
+    factors = [(z[f"{axis}/A/{layer}"], z[f"{axis}/B/{layer}"]) for layer in ("l1", "l2")]
+    n_components = factors[0][0].shape[-3]
+    for kind, op in (("true", ops.schatten), ("factor", ops.schatten_factored)):
+        found = []
+        for c in range(n_components):  # the file holds the sum of each component over both layers
+            one = torch.zeros(factors[0][0].shape[:-2], dtype=torch.int64)
+            one[..., c] = 1
+            with use_backend(*backend):
+                found.append(sum(op(A, B, one, p, eps=0.0) for A, B in factors))
+        z.assert_close(torch.stack(found, -1), f"{axis}/{kind}_schatten_p{p}_per_component_f64")
 
 
 @dtypes
@@ -305,6 +375,36 @@ TRAJECTORIES = {
         ["layers.0.mlp_in", "layers.1.mlp_in"],
     ),
 }
+RESIDUAL = ["layers.*.mlp_*"]
+TRAJECTORIES["traj_resid2_distil_sampletopk"] = (
+    APD(
+        topk=2.0,
+        selection="sample",
+        distil_from_target=True,
+        minimality=1.0,
+        simplicity=5.0,
+        p=0.9,
+        activation_reconstruction=1.0,
+    ),
+    RESIDUAL,
+    {},
+    ["layers.0.mlp_in", "layers.1.mlp_in"],
+)
+TRAJECTORIES["traj_tms_lp_unitnorm"] = (
+    APD(
+        topk=None,
+        minimality=0.0,
+        output_reconstruction=1.0,
+        lp_sparsity=0.5,
+        lp_p=0.9,
+        simplicity=0.3,
+        p=1.0,
+        unit_norm=True,
+    ),
+    ["linear*"],
+    TIE,
+    None,
+)
 TERMS = {
     "param_match": "faithfulness",
     "topk_recon": "minimality",
@@ -341,7 +441,7 @@ def test_trajectories_reproduce_the_golden_arrays(name, dtype, backend):
                 step = evaluate(model, method, x, activations)
             found["total"].append(step.total)
             found["attributions"].append(batch_second(step.attributions))
-            found["mask"].append(batch_second(step.selection.mask))
+            found["mask"].append(batch_second(step.mask))
             for key, term in TERMS.items():
                 if term in full:
                     found[key].append({**full, **step.terms}[term])
@@ -352,7 +452,8 @@ def test_trajectories_reproduce_the_golden_arrays(name, dtype, backend):
                     z.assert_close(model.components.B[key].grad, f"f64/step0_grad_after_unitnorm_fix/{layer}.B")
     z.assert_close(torch.stack(found["total"]), "f64/total_loss")
     z.assert_close(torch.stack(found["attributions"]), "f64/attributions")
-    z.assert_mask(torch.stack(found["mask"]), "f64/topk_mask")
+    if method.topk is not None:
+        z.assert_mask(torch.stack(found["mask"]), "f64/topk_mask")
     for key, values in found.items():
         if key in TERMS and values:
             z.assert_close(torch.stack(values), f"f64/{key}")

@@ -1,4 +1,4 @@
-// The n_pairs largest of batch * n_components scores of each instance, exactly, emitted as a grouped selection.
+// The largest of batch * n_components scores of each instance, or of each sample, exactly, as a grouped selection.
 //
 // Radix select: scores become unsigned keys whose order is the contract's (NaN largest, -0 = +0, denormals in order).
 // One pass counts the leading digit, the keys of the digit that holds the threshold are compacted, and the remaining
@@ -86,30 +86,10 @@ bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type
   return true;
 }
 
-template <class T>
-bool select_instance(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs) {
-  typedef typename Key<T>::type U;
-  std::memset(out.offsets, 0, sizeof(int64_t) * static_cast<size_t>(n_components + 1));
-  std::memset(out.sample_offsets, 0, sizeof(int64_t) * static_cast<size_t>(batch + 1));
-  if (n_pairs == 0) return true;
-  U limit;
-  int64_t ties;
-  if (!threshold(scores, batch * n_components, n_pairs, &limit, &ties)) return false;
-  int64_t* cursor = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * static_cast<size_t>(n_components)));
+// From the sample-major list (component, sample_offsets) and the counts in offsets[c + 1] to the component-major one.
+inline bool group_by_component(SelectionOut out, int64_t batch, int64_t n_components) {
+  int64_t* cursor = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * static_cast<size_t>(n_components + 1)));
   if (cursor == nullptr) return false;
-
-  int64_t emitted = 0;
-  for (int64_t s = 0; s < batch; ++s) {
-    const T* row = scores + s * n_components;
-    for (int64_t c = 0; c < n_components; ++c) {
-      const U key = key_of(row[c]);
-      if (key < limit) continue;
-      if (key == limit && ties-- <= 0) continue;
-      out.component[emitted++] = static_cast<int32_t>(c);
-      ++out.offsets[c + 1];
-    }
-    out.sample_offsets[s + 1] = emitted;
-  }
   for (int64_t c = 0; c < n_components; ++c) {
     cursor[c] = out.offsets[c];
     out.offsets[c + 1] += out.offsets[c];
@@ -124,11 +104,91 @@ bool select_instance(const T* scores, SelectionOut out, int64_t batch, int64_t n
   return true;
 }
 
-}  // namespace
+inline void clear_offsets(SelectionOut out, int64_t batch, int64_t n_components) {
+  std::memset(out.offsets, 0, sizeof(int64_t) * static_cast<size_t>(n_components + 1));
+  std::memset(out.sample_offsets, 0, sizeof(int64_t) * static_cast<size_t>(batch + 1));
+}
 
 template <class T>
+bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs) {
+  typedef typename Key<T>::type U;
+  clear_offsets(out, batch, n_components);
+  if (n_pairs == 0) return true;
+  U limit;
+  int64_t ties;
+  if (!threshold(scores, batch * n_components, n_pairs, &limit, &ties)) return false;
+  int64_t emitted = 0;
+  for (int64_t s = 0; s < batch; ++s) {
+    const T* row = scores + s * n_components;
+    for (int64_t c = 0; c < n_components; ++c) {
+      const U key = key_of(row[c]);
+      if (key < limit) continue;
+      if (key == limit && ties-- <= 0) continue;
+      out.component[emitted++] = static_cast<int32_t>(c);
+      ++out.offsets[c + 1];
+    }
+    out.sample_offsets[s + 1] = emitted;
+  }
+  return group_by_component(out, batch, n_components);
+}
+
+// The smallest of heap[0 : k] is at its root.
+template <class U>
+inline void sift_down(U* heap, int64_t k, int64_t at) {
+  for (;;) {
+    int64_t child = 2 * at + 1;
+    if (child >= k) return;
+    if (child + 1 < k && heap[child + 1] < heap[child]) ++child;
+    if (heap[at] <= heap[child]) return;
+    const U swap = heap[at];
+    heap[at] = heap[child];
+    heap[child] = swap;
+    at = child;
+  }
+}
+
+// The k largest of each sample: a heap of k keys finds the sample's threshold, a second walk over the row emits.
+template <class T>
+bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t k) {
+  typedef typename Key<T>::type U;
+  clear_offsets(out, batch, n_components);
+  if (k == 0) return true;
+  U* heap = static_cast<U*>(std::malloc(sizeof(U) * static_cast<size_t>(k)));
+  if (heap == nullptr) return false;
+  int64_t emitted = 0;
+  for (int64_t s = 0; s < batch; ++s) {
+    const T* row = scores + s * n_components;
+    for (int64_t c = 0; c < k; ++c) heap[c] = key_of(row[c]);
+    for (int64_t at = k / 2 - 1; at >= 0; --at) sift_down(heap, k, at);
+    for (int64_t c = k; c < n_components; ++c) {
+      const U key = key_of(row[c]);
+      if (key <= heap[0]) continue;
+      heap[0] = key;
+      sift_down(heap, k, 0);
+    }
+    const U limit = heap[0];
+    int64_t ties = 0;
+    for (int64_t c = 0; c < k; ++c) ties += heap[c] == limit;
+    for (int64_t c = 0; c < n_components; ++c) {
+      const U key = key_of(row[c]);
+      if (key < limit) continue;
+      if (key == limit && ties-- <= 0) continue;
+      out.component[emitted++] = static_cast<int32_t>(c);
+      ++out.offsets[c + 1];
+    }
+    out.sample_offsets[s + 1] = emitted;
+  }
+  std::free(heap);
+  return group_by_component(out, batch, n_components);
+}
+
+}  // namespace
+
+// capacity: entries of each instance's lists. counts [I] (may be null): how many pairs each instance selects, at most
+// capacity, in place of capacity; what lies beyond is set to zero. k >= 0: k of each sample instead.
+template <class T>
 bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,
-                int64_t n_pairs, int threads) {
+                int64_t capacity, const int64_t* counts, int64_t k, int threads) {
   bool ok = true;
   (void)threads;
 #ifdef _OPENMP
@@ -136,16 +196,23 @@ bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t 
 #pragma omp parallel for num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
 #endif
   for (int64_t i = 0; i < n_instances; ++i) {
-    const SelectionOut at = {out.sample + i * n_pairs, out.offsets + i * (n_components + 1),
-                             out.component + i * n_pairs, out.sample_offsets + i * (batch + 1),
-                             out.position + i * n_pairs};
-    ok = select_instance(scores + i * batch * n_components, at, batch, n_components, n_pairs) && ok;
+    const SelectionOut at = {out.sample + i * capacity, out.offsets + i * (n_components + 1),
+                             out.component + i * capacity, out.sample_offsets + i * (batch + 1),
+                             out.position + i * capacity};
+    const T* of = scores + i * batch * n_components;
+    const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
+    ok = (k >= 0 ? select_samples(of, at, batch, n_components, k)
+                 : select_batch(of, at, batch, n_components, n_pairs)) && ok;
+    for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
   }
   return ok;
 }
 
-template bool batch_topk<float>(const float*, SelectionOut, int64_t, int64_t, int64_t, int64_t, int);
-template bool batch_topk<double>(const double*, SelectionOut, int64_t, int64_t, int64_t, int64_t, int);
+#define FASTAPD_INSTANTIATE(T)                                                                                        \
+  template bool batch_topk<T>(const T*, SelectionOut, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t,   \
+                              int);
+FASTAPD_INSTANTIATE(float)
+FASTAPD_INSTANTIATE(double)
 
 }  // namespace FASTAPD_LEVEL
 }  // namespace fastapd

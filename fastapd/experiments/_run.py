@@ -42,7 +42,7 @@ def self_check(model: ComponentModel, config: RunConfig, x: torch.Tensor) -> str
 
     def compute() -> tuple[Step, dict[str, torch.Tensor]]:
         step = evaluate(model, config.method, x)
-        return step, model.forward(x, step.selection).outputs
+        return step, model.forward(x, step.selection, step.always_on).outputs
 
     def apart(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny))
@@ -51,7 +51,7 @@ def self_check(model: ComponentModel, config: RunConfig, x: torch.Tensor) -> str
     with backends.use_backend("reference"):
         oracle, oracle_outputs = compute()
     errors = {"attributions": apart(step.attributions, oracle.attributions)}
-    different = int((step.selection.mask != oracle.selection.mask).sum())
+    different = int((step.mask != oracle.mask).sum())
     if different == 0:
         errors["selected outputs"] = max(apart(outputs[name], oracle_outputs[name]) for name in outputs)
         errors["losses"] = max((apart(step.terms[name], oracle.terms[name]) for name in oracle.terms), default=0.0)

@@ -222,7 +222,7 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
     caption = "How much of a feature's direction a component carries (1: all of it), beside what needs no training."
     figures["recovery"] = (caption, plots.recovery_heatmap(panels))
     one_hot = torch.eye(F, dtype=x.dtype, device=x.device).expand(n, F, F)
-    attributions, selection, _ = decomposition.select(x)
+    step, _ = decomposition.select(x)
     return Check(
         columns=COLUMNS,
         rows=rows,
@@ -246,8 +246,8 @@ def check(config: RunConfig, decomposition: Decomposition, initial: Components) 
             },
         },
         tensors={
-            "attributions": {"x": x, "attributions": attributions, "mask": selection.mask},
-            "one_hot": {"attributions": decomposition.select(one_hot)[0]},
+            "attributions": {"x": x, "attributions": step.attributions, "mask": step.mask},
+            "one_hot": {"attributions": decomposition.select(one_hot)[0].attributions},
             "recovery": {"cosine": metrics.mmcs_ml2r(weight, parts).cosine, "assignment": result.assignment},
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastapd import _native
@@ -52,9 +52,13 @@ class Selection(NamedTuple):
         """The selection as a bool tensor [batch, n_components]."""
         row = self.sample.gather(-1, self.position.long()).long()  # sample of each pair, sample-major
         flat = row * self.n_components + self.component.long()
+        # Beyond an instance's own number of pairs (exact k) the lists are padding: it goes to one entry too many.
+        size = self.batch * self.n_components
+        place = torch.arange(self.n_pairs, device=self.sample.device)
+        flat = torch.where(place < self.offsets[..., -1:], flat, size)
         leading = self.sample.shape[:-1]
-        mask = torch.zeros(*leading, self.batch * self.n_components, dtype=torch.bool, device=self.sample.device)
-        return mask.scatter_(-1, flat, True).view(*leading, self.batch, self.n_components)
+        mask = torch.zeros(*leading, size + 1, dtype=torch.bool, device=self.sample.device)
+        return mask.scatter_(-1, flat, True)[..., :size].view(*leading, self.batch, self.n_components)
 
 
 def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool) -> bool:
@@ -81,19 +85,37 @@ def _grouped_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
     )
 
 
-def cpu_batch_topk(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+def _cpu_select(scores: Tensor, capacity: int, counts: Tensor | None, k: int) -> tuple[Tensor, ...]:
     """Allocates the selection and lets `csrc/cpu/batch_topk.cpp` fill it."""
     scores = scores.contiguous()
-    out = _grouped_fake(scores, n_pairs)
+    out = _grouped_fake(scores, capacity)
     native: Any = _native.load("_C").module
     run = native.batch_topk_float32 if scores.dtype == torch.float32 else native.batch_topk_float64
-    run(scores.data_ptr(), [t.data_ptr() for t in out], *scores.shape, n_pairs, torch.get_num_threads())
+    to, limits = [t.data_ptr() for t in out], 0 if counts is None else counts.data_ptr()
+    run(scores.data_ptr(), to, *scores.shape, capacity, limits, k, torch.get_num_threads())
     return out
+
+
+def cpu_batch_topk(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    return _cpu_select(scores, n_pairs, None, -1)
+
+
+def cpu_sample_topk(scores: Tensor, k: int) -> tuple[Tensor, ...]:
+    return _cpu_select(scores, k * scores.shape[1], None, k)
+
+
+def cpu_batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    return _cpu_select(scores, capacity, counts.contiguous(), -1)
 
 
 def _batch_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
     _check_topk("batch_topk", scores, n_pairs, per_sample=False)
     return _grouped_fake(scores, n_pairs)
+
+
+def _counts_fake(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    _check_topk("batch_topk", scores, capacity, per_sample=False)
+    return _grouped_fake(scores, capacity)
 
 
 def _sample_fake(scores: Tensor, k: int) -> tuple[Tensor, ...]:
@@ -103,10 +125,13 @@ def _sample_fake(scores: Tensor, k: int) -> tuple[Tensor, ...]:
 
 _OUT = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _batch_topk = define("batch_topk", f"(Tensor scores, SymInt n_pairs) -> {_OUT}", _batch_fake)
+_batch_topk_counts = define(
+    "batch_topk_counts", f"(Tensor scores, Tensor counts, SymInt capacity) -> {_OUT}", _counts_fake
+)
 _sample_topk = define("sample_topk", f"(Tensor scores, SymInt k) -> {_OUT}", _sample_fake)
 
 
-def batch_topk(scores: Float[Tensor, "*I b C"], K: int) -> Selection:
+def batch_topk(scores: Float[Tensor, "*I b C"], K: int | Int[Tensor, " I"]) -> Selection:
     """Selects the K largest of all scores of a batch, exactly.
 
     (b, c) is selected  iff  scores[b, c] is among the K largest of scores.flatten()
@@ -114,7 +139,9 @@ def batch_topk(scores: Float[Tensor, "*I b C"], K: int) -> Selection:
     Args:
         scores: [batch, n_components], with or without a leading n_instances; any strides. Each instance selects for
             itself.
-        K: How many pairs to keep, in [0, batch * n_components]; for a mean of k per sample, `int(k * batch)`.
+        K: How many pairs to keep, in [0, batch * n_components]; for a mean of k per sample, `int(k * batch)`. An int64
+            tensor [n_instances] gives every instance its own number (exact k): its values are read, which waits for
+            the device, and the selection's lists are as long as the largest.
 
     Returns:
         The `Selection`; `selection.mask` is the bool [.., batch, n_components].
@@ -128,11 +155,29 @@ def batch_topk(scores: Float[Tensor, "*I b C"], K: int) -> Selection:
     Cost: two reads of the scores and O(K) on the CPU backend; a full sort on the reference.
     Source: Braun et al. 2025, section 2.2 (batch top-k); `calc_topk_mask(batch_topk=True)` of ApolloResearch/apd.
     """
+    if isinstance(K, Tensor):
+        return _batch_topk_each(scores, K)
     instances = _check_topk("batch_topk", scores, K, per_sample=False)
     scores = scores.detach()
     if instances:
         return Selection(*_batch_topk(scores, K))
     return Selection(*(t.squeeze(0) for t in _batch_topk(*with_instances(scores), K)))
+
+
+def _batch_topk_each(scores: Tensor, counts: Tensor) -> Selection:
+    """`batch_topk` with every instance's own K."""
+    op = "batch_topk"
+    if not _check_topk(op, scores, 0, per_sample=False):
+        raise ValueError(f"{op}: scores must have a leading n_instances when K is a tensor, got {_check.shape(scores)}")
+    if counts.dtype != torch.int64 or counts.shape != scores.shape[:1] or counts.device != scores.device:
+        raise ValueError(
+            f"{op}: K must be an int or an int64 tensor [n_instances] on the device of scores {_check.shape(scores)}, "
+            f"got {counts.dtype} {_check.shape(counts)} on {counts.device}"
+        )
+    values = counts.tolist()
+    for value in values:
+        _check_topk(op, scores, value, per_sample=False)
+    return Selection(*_batch_topk_counts(scores.detach(), counts, max(values, default=0)))
 
 
 def sample_topk(scores: Float[Tensor, "*I b C"], k: int) -> Selection:

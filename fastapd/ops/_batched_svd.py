@@ -171,7 +171,9 @@ def _sum_backward(op: str) -> Any:
     return backward
 
 
-_SUM = "(Tensor A, Tensor B, Tensor counts, float p, float eps, SymInt batch, bool with_grad) -> (Tensor, Tensor, Tensor)"
+_SUM = (
+    "(Tensor A, Tensor B, Tensor counts, float p, float eps, SymInt batch, bool with_grad) -> (Tensor, Tensor, Tensor)"
+)
 _schatten = define("schatten", _SUM, _sum_fake("schatten"), _setup, _sum_backward("schatten"))
 _schatten_factored = define(
     "schatten_factored", _SUM, _sum_fake("schatten_factored"), _setup, _sum_backward("schatten_factored")
@@ -254,7 +256,9 @@ def schatten(
     Source: Braun et al. 2025, simplicity loss of section 2.
     """
     if isinstance(counts, Tensor) and counts.is_floating_point():
-        raise TypeError(f"schatten: counts must be integers, got {counts.dtype}; a float mask goes to schatten_factored")
+        raise TypeError(
+            f"schatten: counts must be integers, got {counts.dtype}; a float mask goes to schatten_factored"
+        )
     instances = _check_schatten("schatten", A, B, counts, p, eps, batch)
     if not instances:
         A, B, counts = with_instances(A, B, counts)

@@ -17,6 +17,21 @@ def batch_topk(scores: Tensor, n_pairs: int) -> Grouped:
     return _grouped(flat, batch, n_components)
 
 
+def batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> Grouped:
+    """Every instance's own number of pairs, at most `capacity`; the lists end in zeros."""
+    parts = [batch_topk(scores[i : i + 1], int(n)) for i, n in enumerate(counts.tolist())]
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, capacity - t.shape[1]))
+
+    lists = ((padded(p[0]), p[1], padded(p[2]), p[3], padded(p[4])) for p in parts)
+    empty = batch_topk(scores[:0], capacity) if not parts else None
+    sample, offsets, component, sample_offsets, position = (
+        (torch.cat(column) for column in zip(*lists, strict=True)) if empty is None else empty
+    )
+    return sample, offsets, component, sample_offsets, position
+
+
 def sample_topk(scores: Tensor, k: int) -> Grouped:
     """The k largest of each sample; equal scores by component."""
     _, batch, n_components = scores.shape

@@ -17,10 +17,13 @@ def component_forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None) -> T
     return torch.einsum("nbcm,ncmo->nbo", u, B)
 
 
-def _component_major(sample: Tensor, offsets: Tensor) -> Tensor:
-    """The component of each pair of the component-major list, [I, K], without asking the device for the counts."""
+def _component_major(sample: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The component of each pair of the component-major list, [I, K], without asking the device for the counts; and
+    whether it is a pair: with exact k, lists are padded to the longest."""
     place = torch.arange(sample.shape[1], device=sample.device).expand(sample.shape)
-    return torch.searchsorted(offsets[:, 1:].contiguous(), place.contiguous(), right=True)
+    component = torch.searchsorted(offsets[:, 1:].contiguous(), place.contiguous(), right=True)
+    real = place < offsets[:, -1:]
+    return torch.where(real, component, 0), real
 
 
 def _chunks(n_pairs: int, elements_per_pair: int) -> list[slice]:
@@ -43,13 +46,15 @@ def component_forward_selected(
     rank, d_out = B.shape[-2:]
     n_pairs = sample.shape[1]
     instance = torch.arange(n_instances, device=x.device).unsqueeze(1)  # [I, 1]
-    owner = _component_major(sample, offsets)  # [I, K]
+    owner, real = _component_major(sample, offsets)  # [I, K]
     y = x.new_zeros(n_instances * batch, d_out)
     u = x.new_empty(n_instances, n_pairs, rank)
     for k in _chunks(n_pairs, n_instances * rank * (A.shape[-2] + d_out)):
         s, c = sample[:, k].long(), owner[:, k]
-        u[:, k] = torch.einsum("nki,nkim->nkm", x[instance, s], A[instance, c])
+        products = torch.einsum("nki,nkim->nkm", x[instance, s], A[instance, c])
+        u[:, k] = torch.where(real[:, k, None], products, 0)
         part = torch.einsum("nkm,nkmo->nko", u[:, k], B[instance, c])
+        part = torch.where(real[:, k, None], part, 0)
         y.index_add_(0, (instance * batch + s).flatten(), part.flatten(0, 1))
     return y.view(n_instances, batch, d_out), u
 
@@ -73,19 +78,21 @@ def component_forward_selected_backward(
     n_instances, batch, d_in = x.shape
     n_components, rank, d_out = B.shape[1:]
     instance = torch.arange(n_instances, device=x.device).unsqueeze(1)
-    owner = _component_major(sample, offsets)
+    owner, real = _component_major(sample, offsets)
     grad_x = x.new_zeros((n_instances * batch, d_in) if need_x else (0,))
     grad_At = x.new_zeros((n_instances * n_components, rank, d_in) if need_A else (0,))
     grad_B = x.new_zeros((n_instances * n_components, rank, d_out) if need_B else (0,))
     for k in _chunks(sample.shape[1], n_instances * rank * (d_in + d_out)):
         s, c = sample[:, k].long(), owner[:, k]
         row, group = (instance * batch + s).flatten(), (instance * n_components + c).flatten()
-        gy = grad_y[instance, s]
-        gu = torch.einsum("nko,nkmo->nkm", gy, B[instance, c])
+        gy = torch.where(real[:, k, None], grad_y[instance, s], 0)
+        gu = torch.where(real[:, k, None], torch.einsum("nko,nkmo->nkm", gy, B[instance, c]), 0)
         if need_x:
-            grad_x.index_add_(0, row, torch.einsum("nkm,nkim->nki", gu, A[instance, c]).flatten(0, 1))
+            part = torch.einsum("nkm,nkim->nki", gu, A[instance, c])
+            grad_x.index_add_(0, row, torch.where(real[:, k, None], part, 0).flatten(0, 1))
         if need_A:
-            grad_At.index_add_(0, group, torch.einsum("nkm,nki->nkmi", gu, x[instance, s]).flatten(0, 1))
+            xs = torch.where(real[:, k, None], x[instance, s], 0)
+            grad_At.index_add_(0, group, torch.einsum("nkm,nki->nkmi", gu, xs).flatten(0, 1))
         if need_B:
             grad_B.index_add_(0, group, torch.einsum("nkm,nko->nkmo", u[:, k], gy).flatten(0, 1))
     return (
