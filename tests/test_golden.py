@@ -290,7 +290,15 @@ def test_exact_schatten_reproduces_the_golden_arrays(axis, p, dtype, backend):
             one[..., c] = 1
             with use_backend(*backend):
                 found.append(sum(op(A, B, one, p, eps=0.0) for A, B in factors))
-        z.assert_close(torch.stack(found, -1), f"{axis}/{kind}_schatten_p{p}_per_component_f64")
+        key = f"{axis}/{kind}_schatten_p{p}_per_component_f64"
+        if kind == "true" and p < 0.9:
+            # The file took svdvals of the products, min(d_in, d_out) = 5 values of rank 4: its fifth is rounding, some
+            # 1e-16, whose p-th power is 1e-8. It bounds what can be asked of the file, not of the kernel.
+            truth = z.file[key]
+            error = np.linalg.norm(torch.stack(found, -1).double().numpy() - truth) / np.linalg.norm(truth)
+            assert error <= max(TOLERANCE[dtype], 2 * 1e-16**p / truth.min())
+        else:
+            z.assert_close(torch.stack(found, -1), key)
 
 
 @dtypes
