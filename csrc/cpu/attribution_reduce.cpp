@@ -6,10 +6,8 @@
 // written once. Accumulation is in T, layers are summed before the square, the result does not depend on threads.
 // No lane is wasted on short rows, which is what toy models have. Once the packed gradients of a block leave the L2
 // cache (n_outputs * sum d_out beyond some thousands) a GEMM per sample is better and the backend refuses.
-#include <cstdlib>
-
 #include "../ops.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -71,8 +69,8 @@ void pack_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t ins
 
 template <class T>
 void reduce_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t instance, int64_t first, int64_t n,
-                  int64_t batch, int64_t n_components, int64_t n_outputs, int64_t width, T* packed_x, T* packed_g,
-                  T* z, T* out) {
+                  int64_t batch, int64_t n_components, int64_t n_outputs, int64_t width, T* packed_x, T* packed_g, T* z,
+                  T* out) {
   pack_block(layers, n_layers, instance, first, n, batch, n_outputs, width, packed_x, packed_g);
   for (int64_t c = 0; c < n_components; ++c) {
     const T* px = packed_x;
@@ -80,8 +78,8 @@ void reduce_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t i
     for (int64_t l = 0; l < n_layers; ++l) {
       const AttributionLayer<T>& layer = layers[l];
       const int64_t component = (instance * n_components + c) * layer.rank;
-      component_output(px, layer.At + component * layer.d_in, layer.B + component * layer.d_out, layer.rank,
-                       layer.d_in, layer.d_out, pz);
+      component_output(px, layer.At + component * layer.d_in, layer.B + component * layer.d_out, layer.rank, layer.d_in,
+                       layer.d_out, pz);
       px += layer.d_in * kLanes<T>;
       pz += layer.d_out * kLanes<T>;
     }
@@ -89,47 +87,37 @@ void reduce_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t i
     int64_t o = 0;
     for (; o + 4 <= n_outputs; o += 4) total += squares<T, 4>(z, packed_g + o * width * kLanes<T>, width);
     for (; o < n_outputs; ++o) total += squares<T, 1>(z, packed_g + o * width * kLanes<T>, width);
-    for (int64_t lane = 0; lane < n; ++lane)
-      out[(instance * batch + first + lane) * n_components + c] = total[lane];
+    for (int64_t lane = 0; lane < n; ++lane) out[(instance * batch + first + lane) * n_components + c] = total[lane];
   }
 }
 
 }  // namespace
 
 template <class T>
-bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances,
-                        int64_t batch, int64_t n_components, int64_t n_outputs, int threads) {
+bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances, int64_t batch,
+                        int64_t n_components, int64_t n_outputs, int threads) {
   int64_t width_in = 0, width = 0;
   for (int64_t l = 0; l < n_layers; ++l) {
     width_in += layers[l].d_in;
     width += layers[l].d_out;
   }
   const int64_t blocks = (batch + kLanes<T> - 1) / kLanes<T>;
-  const size_t entries = static_cast<size_t>(width_in + (n_outputs + 1) * width + 1);
-  bool ok = true;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances * batch * n_components * n_outputs * width > 200000;
-#pragma omp parallel num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
-#endif
-  {
-    T* work = static_cast<T*>(std::malloc(entries * sizeof(T) * static_cast<size_t>(kLanes<T>)));
-    ok = work != nullptr;
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-    for (int64_t job = 0; job < n_instances * blocks; ++job) {
-      if (work == nullptr) continue;
+  const int64_t entries = width_in + (n_outputs + 1) * width;
+  Failure failure;
+  threads = worth(n_instances * batch * n_components * n_outputs * width, threads);
+  parallel_for(n_instances * blocks, 4, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<T> work(entries * kLanes<T>);
+    if (work.data == nullptr) return failure.set();
+    T* packed_g = work.data + width_in * kLanes<T>;
+    T* z = packed_g + n_outputs * width * kLanes<T>;
+    for (int64_t job = begin; job < end; ++job) {
       const int64_t instance = job / blocks, first = job % blocks * kLanes<T>;
       const int64_t n = batch - first < kLanes<T> ? batch - first : kLanes<T>;
-      T* packed_g = work + width_in * kLanes<T>;
-      T* z = packed_g + n_outputs * width * kLanes<T>;
-      reduce_block(layers, n_layers, instance, first, n, batch, n_components, n_outputs, width, work, packed_g, z,
+      reduce_block(layers, n_layers, instance, first, n, batch, n_components, n_outputs, width, work.data, packed_g, z,
                    out);
     }
-    std::free(work);
-  }
-  return ok;
+  });
+  return failure.none();
 }
 
 namespace {
@@ -144,8 +132,8 @@ void backward_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t
   for (int64_t l = 0; l < n_layers; ++l) {
     const AttributionLayer<T>& layer = layers[l];
     const int64_t row = component * layer.rank;
-    component_output(px, layer.At + row * layer.d_in, layer.B + row * layer.d_out, layer.rank, layer.d_in,
-                     layer.d_out, pz);
+    component_output(px, layer.At + row * layer.d_in, layer.B + row * layer.d_out, layer.rank, layer.d_in, layer.d_out,
+                     pz);
     px += layer.d_in * kLanes<T>;
     pz += layer.d_out * kLanes<T>;
   }
@@ -170,8 +158,10 @@ void backward_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t
       vec<T> u = {}, du = {};
       for (int64_t i = 0; i < layer.d_in; ++i) u += a[i] * load(px + i * kLanes<T>);
       for (int64_t o = 0; o < layer.d_out; ++o) du += b[o] * load(pdz + o * kLanes<T>);
-      for (int64_t i = 0; i < layer.d_in; ++i, sums += kLanes<T>) store(sums, load(sums) + du * load(px + i * kLanes<T>));
-      for (int64_t o = 0; o < layer.d_out; ++o, sums += kLanes<T>) store(sums, load(sums) + u * load(pdz + o * kLanes<T>));
+      for (int64_t i = 0; i < layer.d_in; ++i, sums += kLanes<T>)
+        store(sums, load(sums) + du * load(px + i * kLanes<T>));
+      for (int64_t o = 0; o < layer.d_out; ++o, sums += kLanes<T>)
+        store(sums, load(sums) + u * load(pdz + o * kLanes<T>));
     }
     px += layer.d_in * kLanes<T>;
     pdz += layer.d_out * kLanes<T>;
@@ -182,9 +172,9 @@ void backward_block(const AttributionLayer<T>* layers, int64_t n_layers, int64_t
 
 // The thread that owns a chunk of components walks all samples, so the sums over samples have one order.
 template <class T>
-bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_layers, const T* grad,
-                                 T* const* grad_At, T* const* grad_B, int64_t n_instances, int64_t batch,
-                                 int64_t n_components, int64_t n_outputs, int threads) {
+bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_layers, const T* grad, T* const* grad_At,
+                                 T* const* grad_B, int64_t n_instances, int64_t batch, int64_t n_components,
+                                 int64_t n_outputs, int threads) {
   int64_t width_in = 0, width = 0, per_component = 0;
   for (int64_t l = 0; l < n_layers; ++l) {
     width_in += layers[l].d_in;
@@ -195,25 +185,18 @@ bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_la
   int64_t chunk = 65536 / (per_component * lanes + 1);  // the sums of a chunk stay in the L2 cache
   chunk = chunk < 1 ? 1 : chunk > n_components ? n_components : chunk;
   const int64_t chunks = n_components > 0 ? (n_components + chunk - 1) / chunk : 0;
-  const size_t entries = static_cast<size_t>(width_in + (n_outputs + 2) * width + chunk * per_component + 1);
-  bool ok = true;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances * batch * n_components * (n_outputs * width + per_component) > 200000;
-#pragma omp parallel num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
-#endif
-  {
-    T* packed_x = static_cast<T*>(std::malloc(entries * sizeof(T) * static_cast<size_t>(lanes)));
-    ok = packed_x != nullptr;
+  const int64_t entries = width_in + (n_outputs + 2) * width + chunk * per_component;
+  Failure failure;
+  threads = worth(n_instances * batch * n_components * (n_outputs * width + per_component), threads);
+  parallel_for(n_instances * chunks, 1, threads, [&](int64_t from, int64_t to) {
+    const Workspace<T> work(entries * lanes);
+    if (work.data == nullptr) return failure.set();
+    T* packed_x = work.data;
     T* packed_g = packed_x + width_in * lanes;
     T* z = packed_g + n_outputs * width * lanes;
     T* dz = z + width * lanes;
     T* sums = dz + width * lanes;
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-    for (int64_t job = 0; job < n_instances * chunks; ++job) {
-      if (packed_x == nullptr) continue;
+    for (int64_t job = from; job < to; ++job) {
       const int64_t instance = job / chunks, begin = job % chunks * chunk;
       const int64_t end = begin + chunk < n_components ? begin + chunk : n_components;
       for (int64_t k = 0; k < (end - begin) * per_component * lanes; ++k) sums[k] = 0;
@@ -224,8 +207,8 @@ bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_la
           vec<T> weight = {};
           for (int64_t lane = 0; lane < n; ++lane)
             weight[lane] = grad[(instance * batch + first + lane) * n_components + c];
-          backward_block(layers, n_layers, instance * n_components + c, n_outputs, width, packed_x, packed_g, weight,
-                         z, dz, sums + (c - begin) * per_component * lanes);
+          backward_block(layers, n_layers, instance * n_components + c, n_outputs, width, packed_x, packed_g, weight, z,
+                         dz, sums + (c - begin) * per_component * lanes);
         }
       }
       const T* sum = sums;
@@ -241,15 +224,14 @@ bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_la
           }
         }
     }
-    std::free(packed_x);
-  }
-  return ok;
+  });
+  return failure.none();
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                                        \
-  template bool attribution_reduce<T>(const AttributionLayer<T>*, int64_t, T*, int64_t, int64_t, int64_t, int64_t,   \
-                                      int);                                                                           \
-  template bool attribution_reduce_backward<T>(const AttributionLayer<T>*, int64_t, const T*, T* const*, T* const*,  \
+#define FASTAPD_INSTANTIATE(T)                                                                                      \
+  template bool attribution_reduce<T>(const AttributionLayer<T>*, int64_t, T*, int64_t, int64_t, int64_t, int64_t,  \
+                                      int);                                                                         \
+  template bool attribution_reduce_backward<T>(const AttributionLayer<T>*, int64_t, const T*, T* const*, T* const*, \
                                                int64_t, int64_t, int64_t, int64_t, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

@@ -5,11 +5,10 @@
 // digits are resolved on those alone. One more pass emits every key above the threshold and the first of those equal
 // to it, in flat (sample-major) order; counts per component then give the component-major list by a stable scatter.
 // Work: two reads of the scores plus O(n_pairs). One thread owns one instance.
-#include <cstdlib>
 #include <cstring>
 
 #include "../ops.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -59,7 +58,8 @@ bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type
   for (int64_t i = 0; i < n; ++i) ++histogram[key_of(scores[i]) >> shift];
   U digit = static_cast<U>(find_bucket(histogram, &wanted));
   int64_t n_left = histogram[digit];
-  U* left = static_cast<U*>(std::malloc(sizeof(U) * static_cast<size_t>(n_left)));
+  const Workspace<U> kept(n_left);
+  U* left = kept.data;
   if (left == nullptr) return false;
   int64_t filled = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -80,7 +80,6 @@ bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type
     n_left = filled;
     prefix |= digit << shift;
   }
-  std::free(left);
   *result = prefix;
   *ties = wanted;
   return true;
@@ -88,7 +87,8 @@ bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type
 
 // From the sample-major list (component, sample_offsets) and the counts in offsets[c + 1] to the component-major one.
 inline bool group_by_component(SelectionOut out, int64_t batch, int64_t n_components) {
-  int64_t* cursor = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * static_cast<size_t>(n_components + 1)));
+  const Workspace<int64_t> cursors(n_components);
+  int64_t* cursor = cursors.data;
   if (cursor == nullptr) return false;
   for (int64_t c = 0; c < n_components; ++c) {
     cursor[c] = out.offsets[c];
@@ -100,7 +100,6 @@ inline bool group_by_component(SelectionOut out, int64_t batch, int64_t n_compon
       out.sample[place] = static_cast<int32_t>(s);
       out.position[j] = static_cast<int32_t>(place);
     }
-  std::free(cursor);
   return true;
 }
 
@@ -153,7 +152,8 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
   typedef typename Key<T>::type U;
   clear_offsets(out, batch, n_components);
   if (k == 0) return true;
-  U* heap = static_cast<U*>(std::malloc(sizeof(U) * static_cast<size_t>(k)));
+  const Workspace<U> keys(k);
+  U* heap = keys.data;
   if (heap == nullptr) return false;
   int64_t emitted = 0;
   for (int64_t s = 0; s < batch; ++s) {
@@ -178,7 +178,6 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
     }
     out.sample_offsets[s + 1] = emitted;
   }
-  std::free(heap);
   return group_by_component(out, batch, n_components);
 }
 
@@ -189,28 +188,26 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
 template <class T>
 bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,
                 int64_t capacity, const int64_t* counts, int64_t k, int threads) {
-  bool ok = true;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances > 1 && n_instances * batch * n_components > 200000;
-#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
-#endif
-  for (int64_t i = 0; i < n_instances; ++i) {
-    const SelectionOut at = {out.sample + i * capacity, out.offsets + i * (n_components + 1),
-                             out.component + i * capacity, out.sample_offsets + i * (batch + 1),
-                             out.position + i * capacity};
-    const T* of = scores + i * batch * n_components;
-    const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
-    ok = (k >= 0 ? select_samples(of, at, batch, n_components, k)
-                 : select_batch(of, at, batch, n_components, n_pairs)) && ok;
-    for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
-  }
-  return ok;
+  Failure failure;
+  threads = worth(n_instances * batch * n_components, threads);
+  parallel_for(n_instances, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const SelectionOut at = {out.sample + i * capacity, out.offsets + i * (n_components + 1),
+                               out.component + i * capacity, out.sample_offsets + i * (batch + 1),
+                               out.position + i * capacity};
+      const T* of = scores + i * batch * n_components;
+      const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
+      const bool ok =
+          k >= 0 ? select_samples(of, at, batch, n_components, k) : select_batch(of, at, batch, n_components, n_pairs);
+      if (!ok) failure.set();
+      for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
+    }
+  });
+  return failure.none();
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                                        \
-  template bool batch_topk<T>(const T*, SelectionOut, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t,   \
-                              int);
+#define FASTAPD_INSTANTIATE(T) \
+  template bool batch_topk<T>(const T*, SelectionOut, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
 

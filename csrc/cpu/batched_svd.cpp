@@ -4,14 +4,12 @@
 // a dependent column gives a zero one), so A B = Q_A X Q_B^T with the small core X = R_A R_B^T, and one-sided Jacobi
 // gives X = U diag(sigma) V^T to high relative accuracy. The gradient of sum f(sigma_i^2) is
 //   dA = Q_A (U diag(g sigma) V^T) R_B        dB^T = Q_B (V diag(g sigma) U^T) R_A        g = 2 f'
-// which needs no differences of singular values and no division by one. A Gram matrix would be cheaper, and would square
-// the condition number: with it a singular value below 1e-8 of the largest is noise, here below 1e-15.
-// Factored form: sigma_i^2 is replaced by |a_i|^2 |b_i|^2; two reads of the factors. All sums are in float64.
-// A thread owns one component; the sum over components is taken in order afterwards.
-#include <cstdlib>
-
+// which needs no differences of singular values and no division by one. A Gram matrix would be cheaper, and would
+// square the condition number: with it a singular value below 1e-8 of the largest is noise, here below 1e-15. Factored
+// form: sigma_i^2 is replaced by |a_i|^2 |b_i|^2; two reads of the factors. All sums are in float64. A thread owns one
+// component; the sum over components is taken in order afterwards.
 #include "../ops.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -82,7 +80,8 @@ void jacobi(double* xt, double* v, int64_t m) {
         double* xp = xt + p * m;
         double* xq = xt + q * m;
         const double alpha = dot_wide(xp, xp, m), beta = dot_wide(xq, xq, m), gamma = dot_wide(xp, xq, m);
-        if (!(gamma * gamma > 1e-31 * alpha * beta)) continue;  // orthogonal to rounding; also NaN, which no sweep mends
+        if (!(gamma * gamma > 1e-31 * alpha * beta))
+          continue;  // orthogonal to rounding; also NaN, which no sweep mends
         rotated = true;
         const double zeta = (beta - alpha) / (2 * gamma);
         const double t = (zeta < 0 ? -1 : 1) / ((zeta < 0 ? -zeta : zeta) + __builtin_sqrt(1 + zeta * zeta));
@@ -119,8 +118,8 @@ struct Work {
   double *qa, *qb, *ra, *rb, *xt, *v, *gx, *sigma;
 };
 
-inline size_t work_size(int64_t m, int64_t d_in, int64_t d_out) {
-  return static_cast<size_t>(m * (d_in + d_out) + 5 * m * m + m);
+inline int64_t work_size(int64_t m, int64_t d_in, int64_t d_out) {
+  return m * (d_in + d_out) + 5 * m * m + m;
 }
 
 inline Work work_at(double* p, int64_t m, int64_t d_in, int64_t d_out) {
@@ -172,21 +171,13 @@ void spread(const double* C, const double* q, double weight, int64_t m, int64_t 
 template <class T>
 bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes n, int threads) {
   const int64_t groups = n.n_instances * n.n_components, m = n.rank;
-  bool ok = true;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = groups * m * m * (n.d_in + n.d_out) > 100000;
-#pragma omp parallel num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
-#endif
-  {
-    double* memory = static_cast<double*>(std::malloc(sizeof(double) * (work_size(m, n.d_in, n.d_out) + 1)));
-    ok = memory != nullptr;
-    const Work w = work_at(memory, m, n.d_in, n.d_out);
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 4)
-#endif
-    for (int64_t g = 0; g < groups; ++g) {
-      if (memory == nullptr) continue;
+  Failure failure;
+  threads = worth(groups * m * m * (n.d_in + n.d_out), threads);
+  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(work_size(m, n.d_in, n.d_out));
+    if (memory.data == nullptr) return failure.set();
+    const Work w = work_at(memory.data, m, n.d_in, n.d_out);
+    for (int64_t g = begin; g < end; ++g) {
       double scale_a, scale_b;
       decompose_component(At + g * m * n.d_in, B + g * m * n.d_out, m, n.d_in, n.d_out, false, w, &scale_a, &scale_b);
       for (int64_t i = 1; i < m; ++i)  // descending, NaN first
@@ -197,9 +188,8 @@ bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes n, int thr
         }
       for (int64_t i = 0; i < m; ++i) out[g * m + i] = static_cast<T>(w.sigma[i]);
     }
-    std::free(memory);
-  }
-  return ok;
+  });
+  return failure.none();
 }
 
 namespace {
@@ -266,25 +256,18 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
               T* grad_At, T* grad_B, SchattenSizes n, int threads) {
   const int64_t groups = n.n_instances * n.n_components, m = n.rank;
   const int64_t wide = n.d_in > n.d_out ? n.d_in : n.d_out;
-  const size_t per_thread = exact ? work_size(m, n.d_in, n.d_out) + static_cast<size_t>(wide) : 0;
-  double* sums = static_cast<double*>(std::malloc(sizeof(double) * static_cast<size_t>(groups + 1)));
+  const int64_t per_thread = exact ? work_size(m, n.d_in, n.d_out) + wide : 0;
+  const Workspace<double> per_component(groups);
+  double* sums = per_component.data;
   if (sums == nullptr) return false;
-  bool ok = true;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = groups * m * (exact ? m : 1) * (n.d_in + n.d_out) > 100000;
-#pragma omp parallel num_threads(threads) if (parallel && threads > 1) reduction(&& : ok)
-#endif
-  {
-    double* memory = static_cast<double*>(std::malloc(sizeof(double) * (per_thread + 1)));
-    ok = memory != nullptr;
-    const Work w = work_at(memory, m, n.d_in, n.d_out);
-    double* row = memory + work_size(m, n.d_in, n.d_out);
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 4)
-#endif
-    for (int64_t g = 0; g < groups; ++g) {
-      if (memory == nullptr) continue;
+  Failure failure;
+  threads = worth(groups * m * (exact ? m : 1) * (n.d_in + n.d_out), threads);
+  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(per_thread);
+    if (memory.data == nullptr) return failure.set();
+    const Work w = exact ? work_at(memory.data, m, n.d_in, n.d_out) : Work{};
+    double* row = exact ? memory.data + work_size(m, n.d_in, n.d_out) : nullptr;
+    for (int64_t g = begin; g < end; ++g) {
       const T* a = At + g * m * n.d_in;
       const T* b = B + g * m * n.d_out;
       T* ga = grad_At == nullptr ? nullptr : grad_At + g * m * n.d_in;
@@ -300,8 +283,7 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
                                : factored_component(a, b, weight, p, eps, n, ga, gb);
       sums[g] = weight * sum;
     }
-    std::free(memory);
-  }
+  });
   const double off = static_cast<double>(m) * power(eps, p / 2);
   for (int64_t i = 0; i < n.n_instances; ++i) {
     double total = 0;
@@ -312,72 +294,70 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
     }
     loss[i] = static_cast<T>(total);
   }
-  std::free(sums);
-  return ok;
+  return failure.none();
 }
 
 template <class T>
 bool schatten_masked(const T* At, const T* B, const T* mask, double p, double eps, int64_t batch, T* loss, T* grad_At,
                      T* grad_B, T* grad_mask, SchattenSizes n, int threads) {
   const int64_t groups = n.n_instances * n.n_components, m = n.rank, C = n.n_components;
-  double* sums = static_cast<double*>(std::malloc(sizeof(double) * static_cast<size_t>(groups * (1 + 2 * m) + 1)));
+  const Workspace<double> memory(groups * (1 + 2 * m));
+  double* sums = memory.data;
   if (sums == nullptr) return false;
   double* norms = sums + groups;  // [I, C, 2, m]
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = groups * m * (batch + n.d_in + n.d_out) > 20000;
-#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) schedule(static)
-#endif
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t i = g / C, c = g % C;
-    double* na = norms + g * 2 * m;
-    double* nb = na + m;
-    for (int64_t r = 0; r < m; ++r) {
-      const T* a = At + (g * m + r) * n.d_in;
-      const T* b = B + (g * m + r) * n.d_out;
-      na[r] = dot_wide(a, a, n.d_in);
-      nb[r] = dot_wide(b, b, n.d_out);
-    }
-    double total = 0;
-    // Per rank, d loss / d S = sum over samples of mask * slope; na and nb are turned into the factors' weights below.
-    for (int64_t r = 0; r < m; ++r) {
-      const double S = na[r] * nb[r];
-      double dS = 0;
-      for (int64_t s = 0; s < batch; ++s) {
-        const int64_t at = (i * batch + s) * C + c;
-        const double weight = static_cast<double>(mask[at]), base = weight * S + eps;
-        total += power(base, p / 2);
-        if (grad_At == nullptr && grad_mask == nullptr) continue;
-        const double step = slope(base, p / 2);
-        dS += weight * step;
-        if (grad_mask != nullptr) {
-          const double so_far = r == 0 ? 0 : static_cast<double>(grad_mask[at]);
-          grad_mask[at] = static_cast<T>(so_far + S * step);
-        }
+  threads = worth(groups * m * (10 * batch + n.d_in + n.d_out), threads);
+  parallel_for(groups, 1, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t i = g / C, c = g % C;
+      double* na = norms + g * 2 * m;
+      double* nb = na + m;
+      for (int64_t r = 0; r < m; ++r) {
+        const T* a = At + (g * m + r) * n.d_in;
+        const T* b = B + (g * m + r) * n.d_out;
+        na[r] = dot_wide(a, a, n.d_in);
+        nb[r] = dot_wide(b, b, n.d_out);
       }
-      if (grad_At == nullptr) continue;
-      const double ga = 2 * dS * nb[r], gb = 2 * dS * na[r];
-      for (int64_t d = 0; d < n.d_in; ++d)
-        grad_At[(g * m + r) * n.d_in + d] = static_cast<T>(ga * static_cast<double>(At[(g * m + r) * n.d_in + d]));
-      for (int64_t d = 0; d < n.d_out; ++d)
-        grad_B[(g * m + r) * n.d_out + d] = static_cast<T>(gb * static_cast<double>(B[(g * m + r) * n.d_out + d]));
+      double total = 0;
+      // Per rank, d loss / d S = sum over samples of mask * slope; na and nb are turned into the factors' weights
+      // below.
+      for (int64_t r = 0; r < m; ++r) {
+        const double S = na[r] * nb[r];
+        double dS = 0;
+        for (int64_t s = 0; s < batch; ++s) {
+          const int64_t at = (i * batch + s) * C + c;
+          const double weight = static_cast<double>(mask[at]), base = weight * S + eps;
+          total += power(base, p / 2);
+          if (grad_At == nullptr && grad_mask == nullptr) continue;
+          const double step = slope(base, p / 2);
+          dS += weight * step;
+          if (grad_mask != nullptr) {
+            const double so_far = r == 0 ? 0 : static_cast<double>(grad_mask[at]);
+            grad_mask[at] = static_cast<T>(so_far + S * step);
+          }
+        }
+        if (grad_At == nullptr) continue;
+        const double ga = 2 * dS * nb[r], gb = 2 * dS * na[r];
+        for (int64_t d = 0; d < n.d_in; ++d)
+          grad_At[(g * m + r) * n.d_in + d] = static_cast<T>(ga * static_cast<double>(At[(g * m + r) * n.d_in + d]));
+        for (int64_t d = 0; d < n.d_out; ++d)
+          grad_B[(g * m + r) * n.d_out + d] = static_cast<T>(gb * static_cast<double>(B[(g * m + r) * n.d_out + d]));
+      }
+      sums[g] = total;
     }
-    sums[g] = total;
-  }
+  });
   for (int64_t i = 0; i < n.n_instances; ++i) {
     double total = 0;
     for (int64_t c = 0; c < C; ++c) total += sums[i * C + c];
     loss[i] = static_cast<T>(total);
   }
-  std::free(sums);
   return true;
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                                         \
-  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                                      \
-  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, T*, T*, T*,             \
-                            SchattenSizes, int);                                                                       \
-  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,              \
+#define FASTAPD_INSTANTIATE(T)                                                                             \
+  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                          \
+  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, T*, T*, T*, \
+                            SchattenSizes, int);                                                           \
+  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,  \
                                    SchattenSizes, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

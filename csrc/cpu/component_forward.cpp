@@ -10,7 +10,7 @@
 //            outer(grad_u, x) -> grad_At
 // Accumulation is in T, in registers. Above about one component in eight selected per sample, two dense GEMMs win.
 #include "../ops.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -47,29 +47,26 @@ inline void dots_rows(const T* const* x, const T* f, int64_t rank, int64_t d, T*
 template <class T>
 void project(const T* x, const T* f, Selection selection, T* u, int64_t n_instances, int64_t batch,
              int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
-  const int64_t groups = n_instances * n_components;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances * n_pairs * rank * d > 100000;
-#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) schedule(dynamic, 4)
-#endif
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t i = g / n_components, c = g % n_components;
-    const int64_t* offsets = selection.offsets + i * (n_components + 1);
-    const int32_t* sample = selection.sample + i * n_pairs;
-    const T* xi = x + i * batch * d;
-    const T* fc = f + g * rank * d;
-    T* ui = u + i * n_pairs * rank;
-    int64_t k = offsets[c];
-    for (; k + 4 <= offsets[c + 1]; k += 4) {
-      const T* rows[4] = {xi + sample[k] * d, xi + sample[k + 1] * d, xi + sample[k + 2] * d, xi + sample[k + 3] * d};
-      dots_rows<T, 4>(rows, fc, rank, d, ui + k * rank);
+  threads = worth(n_instances * n_pairs * rank * d, threads);
+  parallel_for(n_instances * n_components, 4, threads, [=](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t i = g / n_components, c = g % n_components;
+      const int64_t* offsets = selection.offsets + i * (n_components + 1);
+      const int32_t* sample = selection.sample + i * n_pairs;
+      const T* xi = x + i * batch * d;
+      const T* fc = f + g * rank * d;
+      T* ui = u + i * n_pairs * rank;
+      int64_t k = offsets[c];
+      for (; k + 4 <= offsets[c + 1]; k += 4) {
+        const T* rows[4] = {xi + sample[k] * d, xi + sample[k + 1] * d, xi + sample[k + 2] * d, xi + sample[k + 3] * d};
+        dots_rows<T, 4>(rows, fc, rank, d, ui + k * rank);
+      }
+      for (; k < offsets[c + 1]; ++k) {
+        const T* rows[1] = {xi + sample[k] * d};
+        dots_rows<T, 1>(rows, fc, rank, d, ui + k * rank);
+      }
     }
-    for (; k < offsets[c + 1]; ++k) {
-      const T* rows[1] = {xi + sample[k] * d};
-      dots_rows<T, 1>(rows, fc, rank, d, ui + k * rank);
-    }
-  }
+  });
 }
 
 // y[0 : 4 vectors or fewer] of one sample, held in registers over all its pairs and ranks.
@@ -89,35 +86,32 @@ inline void accumulate_tile(const T* u, const T* f, const int32_t* component, co
 template <class T>
 void accumulate(const T* u, const T* f, Selection selection, T* y, int64_t n_instances, int64_t batch,
                 int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
-  const int64_t rows = n_instances * batch;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances * (n_pairs * rank + batch) * d > 100000;
-#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) schedule(static)
-#endif
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t i = row / batch, s = row % batch;
-    const int64_t* offsets = selection.sample_offsets + i * (batch + 1);
-    const int64_t begin = offsets[s], count = offsets[s + 1] - begin;
-    const int32_t* component = selection.component + i * n_pairs + begin;
-    const int32_t* position = selection.position + i * n_pairs + begin;
-    const T* ui = u + i * n_pairs * rank;
-    const T* fi = f + i * n_components * rank * d;
-    T* out = y + row * d;
-    int64_t o = 0;
-    for (; o + 4 * kLanes<T> <= d; o += 4 * kLanes<T>)
-      accumulate_tile<T, 4>(ui, fi + o, component, position, count, rank, d, out + o);
-    for (; o + kLanes<T> <= d; o += kLanes<T>)
-      accumulate_tile<T, 1>(ui, fi + o, component, position, count, rank, d, out + o);
-    if (o == d) continue;
-    for (int64_t t = o; t < d; ++t) out[t] = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const T* uk = ui + position[j] * rank;
-      const T* fc = fi + component[j] * rank * d;
-      for (int64_t r = 0; r < rank; ++r)
-        for (int64_t t = o; t < d; ++t) out[t] += uk[r] * fc[r * d + t];
+  threads = worth(n_instances * (n_pairs * rank + batch) * d, threads);
+  parallel_for(n_instances * batch, 32, threads, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t i = row / batch, s = row % batch;
+      const int64_t* offsets = selection.sample_offsets + i * (batch + 1);
+      const int64_t begin = offsets[s], count = offsets[s + 1] - begin;
+      const int32_t* component = selection.component + i * n_pairs + begin;
+      const int32_t* position = selection.position + i * n_pairs + begin;
+      const T* ui = u + i * n_pairs * rank;
+      const T* fi = f + i * n_components * rank * d;
+      T* out = y + row * d;
+      int64_t o = 0;
+      for (; o + 4 * kLanes<T> <= d; o += 4 * kLanes<T>)
+        accumulate_tile<T, 4>(ui, fi + o, component, position, count, rank, d, out + o);
+      for (; o + kLanes<T> <= d; o += kLanes<T>)
+        accumulate_tile<T, 1>(ui, fi + o, component, position, count, rank, d, out + o);
+      if (o == d) continue;
+      for (int64_t t = o; t < d; ++t) out[t] = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        const T* uk = ui + position[j] * rank;
+        const T* fc = fi + component[j] * rank * d;
+        for (int64_t r = 0; r < rank; ++r)
+          for (int64_t t = o; t < d; ++t) out[t] += uk[r] * fc[r * d + t];
+      }
     }
-  }
+  });
 }
 
 // grad[r, 0 : V vectors] for R ranks of one component, held in registers over its pairs.
@@ -140,8 +134,7 @@ template <class T, int R>
 inline void outer_rows(const T* v, const T* x, const int32_t* sample, int64_t n_pairs, int64_t rank, int64_t d,
                        T* grad) {
   int64_t o = 0;
-  for (; o + 2 * kLanes<T> <= d; o += 2 * kLanes<T>)
-    outer_tile<T, R, 2>(v, x + o, sample, n_pairs, rank, d, grad + o);
+  for (; o + 2 * kLanes<T> <= d; o += 2 * kLanes<T>) outer_tile<T, R, 2>(v, x + o, sample, n_pairs, rank, d, grad + o);
   for (; o + kLanes<T> <= d; o += kLanes<T>) outer_tile<T, R, 1>(v, x + o, sample, n_pairs, rank, d, grad + o);
   for (int r = 0; r < R; ++r)
     for (int64_t t = o; t < d; ++t) {
@@ -154,31 +147,28 @@ inline void outer_rows(const T* v, const T* x, const int32_t* sample, int64_t n_
 template <class T>
 void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_instances, int64_t batch,
            int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
-  const int64_t groups = n_instances * n_components;
-  (void)threads;
-#ifdef _OPENMP
-  const bool parallel = n_instances * (n_pairs + n_components) * rank * d > 100000;
-#pragma omp parallel for num_threads(threads) if (parallel && threads > 1) schedule(dynamic, 4)
-#endif
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t i = g / n_components, c = g % n_components;
-    const int64_t* offsets = selection.offsets + i * (n_components + 1);
-    const int64_t begin = offsets[c], count = offsets[c + 1] - begin;
-    const int32_t* sample = selection.sample + i * n_pairs + begin;
-    const T* xi = x + i * batch * d;
-    const T* vc = v + (i * n_pairs + begin) * rank;
-    T* gc = grad + g * rank * d;
-    int64_t r = 0;
-    for (; r + 4 <= rank; r += 4) outer_rows<T, 4>(vc + r, xi, sample, count, rank, d, gc + r * d);
-    for (; r < rank; ++r) outer_rows<T, 1>(vc + r, xi, sample, count, rank, d, gc + r * d);
-  }
+  threads = worth(n_instances * (n_pairs + n_components) * rank * d, threads);
+  parallel_for(n_instances * n_components, 4, threads, [=](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t i = g / n_components, c = g % n_components;
+      const int64_t* offsets = selection.offsets + i * (n_components + 1);
+      const int64_t begin = offsets[c], count = offsets[c + 1] - begin;
+      const int32_t* sample = selection.sample + i * n_pairs + begin;
+      const T* xi = x + i * batch * d;
+      const T* vc = v + (i * n_pairs + begin) * rank;
+      T* gc = grad + g * rank * d;
+      int64_t r = 0;
+      for (; r + 4 <= rank; r += 4) outer_rows<T, 4>(vc + r, xi, sample, count, rank, d, gc + r * d);
+      for (; r < rank; ++r) outer_rows<T, 1>(vc + r, xi, sample, count, rank, d, gc + r * d);
+    }
+  });
 }
 
 }  // namespace
 
 template <class T>
-void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y,
-                                ForwardSizes n, int threads) {
+void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y, ForwardSizes n,
+                                int threads) {
   project(x, At, selection, u, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs, threads);
   accumulate(u, B, selection, y, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
 }
@@ -198,9 +188,9 @@ void component_forward_selected_backward(const T* grad_y, const T* x, const T* A
     outer(u, grad_y, selection, grad_B, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                                         \
-  template void component_forward_selected<T>(const T*, const T*, const T*, Selection, T*, T*, ForwardSizes, int);    \
-  template void component_forward_selected_backward<T>(const T*, const T*, const T*, const T*, const T*, Selection,   \
+#define FASTAPD_INSTANTIATE(T)                                                                                      \
+  template void component_forward_selected<T>(const T*, const T*, const T*, Selection, T*, T*, ForwardSizes, int);  \
+  template void component_forward_selected_backward<T>(const T*, const T*, const T*, const T*, const T*, Selection, \
                                                        T*, T*, T*, T*, ForwardSizes, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

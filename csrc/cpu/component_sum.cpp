@@ -4,7 +4,7 @@
 // residual = W - target and loss = sum residual^2, touches memory only, and is fused here: one read of both, one write.
 // Lanes are summed in T over blocks of 4096 entries and the blocks in float64, in order, so threads do not matter.
 #include "../ops.h"
-#include "simd.h"
+#include "parallel.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -33,16 +33,14 @@ double residual_block(T* residual, const T* target, int64_t n) {
 
 template <class T>
 void component_sum_loss(T* residual, const T* target, T* loss, int64_t n_instances, int64_t n, int threads) {
-  (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) if (n_instances > 1 && n_instances * n > 200000 && threads > 1)
-#endif
-  for (int64_t i = 0; i < n_instances; ++i) {
-    double total = 0;
-    for (int64_t at = 0; at < n; at += kBlock)
-      total += residual_block(residual + i * n + at, target + i * n + at, n - at < kBlock ? n - at : kBlock);
-    loss[i] = static_cast<T>(total);
-  }
+  parallel_for(n_instances, 1, worth(n_instances * n, threads), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double total = 0;
+      for (int64_t at = 0; at < n; at += kBlock)
+        total += residual_block(residual + i * n + at, target + i * n + at, n - at < kBlock ? n - at : kBlock);
+      loss[i] = static_cast<T>(total);
+    }
+  });
 }
 
 template void component_sum_loss<float>(float*, const float*, float*, int64_t, int64_t, int);

@@ -21,8 +21,12 @@ static std::atomic<int>& level_in_use() {
   return level;
 }
 
-Level current_level() { return static_cast<Level>(level_in_use().load(std::memory_order_relaxed)); }
+Level current_level() {
+  return static_cast<Level>(level_in_use().load(std::memory_order_relaxed));
+}
 
-void set_level(Level level) { level_in_use().store(static_cast<int>(level), std::memory_order_relaxed); }
+void set_level(Level level) {
+  level_in_use().store(static_cast<int>(level), std::memory_order_relaxed);
+}
 
 }  // namespace fastapd
