@@ -112,7 +112,8 @@ def test_cli_info_lists_every_op(capsys):
     assert lines[0] == f"fastapd {__version__}"
     assert any(torch.__version__ in line for line in lines)
     cpu = "reference" if _native.load("_C").module is None else "cpu"
-    found = {line.split()[0]: line for line in lines if line.startswith("    ")}
+    on_cpu = lines[lines.index("  float32 tensors on cpu") + 1 :][: len(backends.TABLE)]  # a GPU has its own part
+    found = {line.split()[0]: line for line in on_cpu}
     for op, row in backends.TABLE.items():
         _, runs, *why = found[op].split(maxsplit=2)
         assert runs == (cpu if "cpu" in row else "reference")
