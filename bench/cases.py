@@ -29,8 +29,9 @@ class Case:
         target: "tms" or "residual_mlp".
         n_features: Width of the target's inputs and outputs.
         width: Hidden dimensions of a TMS, neurons of a residual MLP.
-        d_embed: Width of the residual stream; 0 for a TMS.
         topk: Active components per sample, on average over the batch.
+        p: Exponent of the Schatten term.
+        d_embed: Width of the residual stream; 0 for a TMS.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     n_features: int
     width: int
     topk: float
+    p: float
     d_embed: int = 0
 
     @property
@@ -55,10 +57,10 @@ class Case:
         return [(outer, self.width), (self.width, outer)]
 
 
-TMS_5_2_SMALL = Case("tms_5-2_b256", "tms", 12, 256, 5, 3, 5, 2, topk=0.211)
-TMS_5_2 = Case("tms_5-2_b2048", "tms", 12, 2048, 5, 3, 5, 2, topk=0.211)
-TMS_40_10 = Case("tms_40-10_b2048", "tms", 3, 2048, 50, 11, 40, 10, topk=1.0)
-RESIDUAL = Case("resid_b256", "residual_mlp", 1, 256, 130, 50, 100, 50, topk=1.28, d_embed=1000)
+TMS_5_2_SMALL = Case("tms_5-2_b256", "tms", 12, 256, 5, 3, 5, 2, topk=0.211, p=1.0)
+TMS_5_2 = Case("tms_5-2_b2048", "tms", 12, 2048, 5, 3, 5, 2, topk=0.211, p=1.0)
+TMS_40_10 = Case("tms_40-10_b2048", "tms", 3, 2048, 50, 11, 40, 10, topk=1.0, p=0.9)
+RESIDUAL = Case("resid_b256", "residual_mlp", 1, 256, 130, 50, 100, 50, topk=1.28, p=0.9, d_embed=1000)
 
 CASES = (TMS_5_2_SMALL, TMS_5_2, TMS_40_10, RESIDUAL)
 
@@ -71,7 +73,8 @@ class Problem:
         model: An untrained target and freshly initialised components.
         x: A batch of the target's inputs [I, b, n_features].
         xs: Inputs of the layers, [I, b, d_in].
-        gs: Gradients of the outputs by the layers' outputs, [I, b, n_outputs, d_out], as `output_gradients` leaves them.
+        gs: Gradients of the outputs by the layers' outputs, [I, b, n_outputs, d_out], strided as `output_gradients`
+            leaves them.
         Ats, Bs: The components' factors, [I, C, m, d_in] and [I, C, m, d_out].
         weights: The target's matrices [I, d_in, d_out].
         scores: Attributions [I, b, C].

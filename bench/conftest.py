@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     option.benchmark_quiet = not option.benchmark_verbose
 
 
-# ------------------------------------------------------------------------------------------------- where it was measured
+# ------------------------------------------------------------------------------------------------ where it was measured
 
 
 def _triton_version() -> str | None:
@@ -57,6 +56,13 @@ def _triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _quantity(config: pytest.Config) -> str:
+    """What the numbers are."""
+    timer, threads = str(config._benchmarksession.options["timer"]), torch.get_num_threads()  # type: ignore[attr-defined]
+    what = "CPU time" if "process_time" in timer else f"wall time by {timer}"
+    return f"{what}, {'one thread' if threads == 1 else f'{threads} threads'}"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -79,7 +85,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "timer": str(config._benchmarksession.options["timer"]),  # type: ignore[attr-defined]
-        "quantity": "CPU time, one thread",
+        "quantity": _quantity(config),
     }
     machine_info.clear()
     machine_info.update(kept)
@@ -100,7 +106,7 @@ def _machine_name(machine_info: dict[str, Any]) -> str:
     return os.environ.get("FASTAPD_BENCH_MACHINE") or f"{brand}-{machine_info['cpu']['count']}core"
 
 
-# ----------------------------------------------------------------------------------------------------------- the results
+# ---------------------------------------------------------------------------------------------------------- the results
 
 
 def _rounded(value: Any) -> Any:
@@ -136,7 +142,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 _SAVED = pytest.StashKey[Path]()
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 Key = tuple[str, str]
 """Group and direction."""
@@ -151,18 +157,25 @@ def _medians(rows: list[tuple[Key, str, float]]) -> dict[Key, dict[str, float]]:
 
 def _previous() -> tuple[str, dict[Key, dict[str, float]]]:
     """The latest kept results: their name and medians."""
-    files = sorted(RESULTS.glob("*.json"))
-    if not files:
+    kept = [(json.loads(path.read_text()), path.name) for path in RESULTS.glob("*.json")]
+    if not kept:
         return "", {}
+    latest, name = max(kept, key=lambda pair: pair[0]["datetime"])
     rows = []
-    for row in json.loads(files[-1].read_text())["benchmarks"]:
+    for row in latest["benchmarks"]:
         info = row["extra_info"]
         rows.append(((row["group"], info["direction"]), info["contender"], row["stats"]["median"]))
-    return files[-1].name, _medians(rows)
+    return name, _medians(rows)
 
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _memory(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "-"
+    return f"{n_bytes / 2**20:.3g} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.3g} KiB"
 
 
 def _ratio(baseline: float | None, median: float) -> str:
@@ -180,31 +193,28 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not ran:
         return
     now = _medians([((b.group, b.extra_info["direction"]), b.extra_info["contender"], b.stats.median) for b in ran])
-    ours = {((b.group, b.extra_info["direction"]), b.extra_info["contender"]): b.extra_info["fastapd"] for b in ran}
+    infos = {((b.group, b.extra_info["direction"]), b.extra_info["contender"]): b.extra_info for b in ran}
     saved = config.stash.get(_SAVED, None)
     before_name, before = ("", {}) if saved else _previous()
-    header = ["", "", "", "median", "vs upstream", "vs torch", *(["before"] if before else [])]
+    header = ["", "", "", "median", "vs upstream", "vs torch", *(["before"] if before else []), "peak"]
     lines: list[list[str]] = []
     for key, medians in now.items():
         upstream, torch_form = _baselines(medians)
         for i, (contender, median) in enumerate(medians.items()):
-            mark = {"chosen": "> ", "forced": "+ "}.get(ours[key, contender], "  ")
+            mark = {"chosen": "> ", "forced": "+ "}.get(infos[key, contender]["fastapd"], "  ")
             line = [*(key if i == 0 else ("", "")), mark + contender, _time(median)]
             line += [_ratio(upstream, median), _ratio(torch_form, median)]
             if before:
                 was = before.get(key, {})
                 line.append(_ratio(_baselines(was)[0], was[contender]) if contender in was else "-")
+            line.append(_memory(infos[key, contender].get("peak_bytes")))
             lines.append(line)
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     write = terminalreporter.write_line
-    threads = torch.get_num_threads()
-    timer = str(config._benchmarksession.options["timer"])  # type: ignore[attr-defined]
-    what = "CPU time" if "process_time" in timer else timer
-    terminalreporter.section(f"{what}, {'one thread' if threads == 1 else f'{threads} threads'}, float32")
-    write(
-        "median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream) and than"
-    )
-    write("the fastest plain torch form. > is what fastapd chooses by itself, + another of its backends, forced.")
+    terminalreporter.section(f"{_quantity(config)}, float32")
+    write("median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream) and")
+    write("than the fastest plain torch form; peak is what torch's allocator held at most beyond the inputs.")
+    write("> is what fastapd chooses by itself, + another of its backends, forced.")
     if before:
         write(f"before: vs upstream in {before_name}")
     for line in [header, *lines]:

@@ -60,7 +60,7 @@ class Contender:
         self.leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in self.leaves]
 
     def call(self, direction: str) -> Callable[[], Any]:
-        """What is timed."""
+        """What is timed: forward without a graph, or forward and the gradients of all leaves."""
         if direction == FORWARD:
 
             def forward() -> tuple[Any]:
@@ -83,6 +83,10 @@ class Contender:
         return [self.output(out).detach(), *(f(g) for f, g in zip(layouts, grads, strict=True))]
 
 
+Answer = list[Tensor]
+"""An output, and the gradients of the leaves where they are wanted."""
+
+
 def reference_in_float64(function: Callable[..., Tensor], leaves: Sequence[Tensor], cotangent: Tensor | None) -> Answer:
     """Output and gradients of a formula of `fastapd.reference`, differentiated by autograd."""
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -90,9 +94,6 @@ def reference_in_float64(function: Callable[..., Tensor], leaves: Sequence[Tenso
     if cotangent is None:
         return [out.detach()]
     return [out.detach(), *torch.autograd.grad(out, wide, cotangent.double())]
-
-
-Answer = list[Tensor]
 
 
 def assert_agrees(what: str, got: Iterable[Tensor], expected: Answer, tolerance: float = TOLERANCE) -> None:
@@ -117,11 +118,11 @@ def cpu_backends(op: str) -> list[str]:
     return [b for b in ("reference", "cpu") if b in backends.TABLE[op]]
 
 
-def skip_if_refused(op: str, backend: str, args: tuple[Any, ...]) -> None:
-    """Skips, with the reasons, where a backend exists and refuses these sizes or was not built."""
-    reasons = backends.explain(op, *args)[backend]
+def skip_if_refused(op: str, contender: str, args: tuple[Any, ...]) -> None:
+    """Skips, with the reasons, a backend that refuses these sizes or was not built; other contenders always run."""
+    reasons = backends.explain(op, *args).get(contender)
     if reasons:
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+        pytest.skip(f"{contender}: {'; '.join(reasons)}")
 
 
 def chosen(op: str, args: tuple[Any, ...]) -> str:
@@ -173,7 +174,7 @@ def measure(benchmark: Any, group: str, call: Callable[[], Any], seconds: float 
             and bytes of the formula, the same for all contenders, so that they are rates of useful work.
     """
     benchmark.group = group
-    benchmark.extra_info.update(info, timer="time.process_time", threads=torch.get_num_threads(), dtype="float32")
+    benchmark.extra_info.update(info, threads=torch.get_num_threads(), dtype="float32")
     if seconds is None:
         started = time.process_time()
         call()

@@ -1,11 +1,10 @@
 """The research code's formulation of every op and of the whole step, in our own words: the baseline of the ratios.
 
-It says einsum by einsum what ApolloResearch/apd computes at commit 4e29d43, on activations [batch, n_instances, ...] and
-factors A [n_instances, C, d_in, m], B [n_instances, C, m, d_out], each a parameter of its own: the weights and the
+It says einsum by einsum what ApolloResearch/apd computes at commit 4e29d43, on activations [batch, n_instances, ..]
+and factors A [n_instances, C, d_in, m], B [n_instances, C, m, d_out], each a parameter of its own: the weights and the
 outputs of single components are materialised, the attributions loop in Python over the outputs of the target with one
 `autograd.grad` each, the mask is a scatter after `topk`, the Schatten sum goes over [batch, C, m], and the forward of
-all components always runs. What surrounds these lines there (hook points, einops, logging) is left out, so this is the
-faster of the two: measured side by side, the package itself needs a little more time a step.
+all components always runs. What surrounds these lines there (hook points, einops, logging, plots) is left out.
 """
 
 from __future__ import annotations
@@ -63,15 +62,41 @@ def reduce_attributions(gradients: list[dict[str, Tensor]], acts: dict[str, Tens
     return total
 
 
-def gradient_attributions(
-    output: Tensor, inputs: dict[str, Tensor], outputs: dict[str, Tensor], weights: dict[str, Tensor]
-) -> Tensor:
+class Recorded(NamedTuple):
+    """A target's output and what entered and left its decomposed layers."""
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def run_tms(x: Tensor, weights: dict[str, Tensor], bias: Tensor) -> Recorded:
+    """x' = ReLU(x W W^T + b) on [b, n, n_features]."""
+    hidden = einsum("bni,nio->bno", x, weights["linear1"])
+    before = einsum("bni,nio->bno", hidden, weights["linear2"])
+    inputs, outputs = {"linear1": x, "linear2": hidden}, {"linear1": hidden, "linear2": before}
+    return Recorded(torch.relu(before + bias), inputs, outputs)
+
+
+def run_residual_mlp(x: Tensor, W_E: Tensor, W_U: Tensor, weights: dict[str, Tensor]) -> Recorded:
+    """One ReLU layer on the residual stream, without biases; `weights` holds its two matrices in order."""
+    (name_in, W_in), (name_out, W_out) = weights.items()
+    r = einsum("bni,nio->bno", x, W_E)
+    before = einsum("bni,nio->bno", r, W_in)
+    h = torch.relu(before)
+    y = einsum("bni,nio->bno", h, W_out)
+    output = einsum("bni,nio->bno", r + y, W_U)
+    return Recorded(output, {name_in: r, name_out: h}, {name_in: before, name_out: y})
+
+
+def gradient_attributions(target: Recorded, weights: dict[str, Tensor]) -> Tensor:
     """Attributions [b, n, C] of a recorded target: for every output one backward pass and one contraction."""
-    acts = component_acts(inputs, weights)
+    acts = component_acts(target.inputs, weights)
+    wanted = list(target.outputs.values())
     total: Tensor | None = None
-    for o in range(output.shape[-1]):
-        gradients = torch.autograd.grad(output[..., o].sum(), list(outputs.values()), retain_graph=True)
-        squared = output_effects(dict(zip(outputs, gradients, strict=True)), acts) ** 2
+    for o in range(target.output.shape[-1]):
+        gradients = torch.autograd.grad(target.output[..., o].sum(), wanted, retain_graph=True)
+        squared = output_effects(dict(zip(target.outputs, gradients, strict=True)), acts) ** 2
         total = squared if total is None else total + squared
     assert total is not None
     return total
@@ -94,7 +119,7 @@ def schatten(factors: Factors, mask: Tensor, p: float, n_params: int) -> Tensor:
         S_A = einsum("ncim,ncim->ncm", A, A)
         S_B = einsum("ncmo,ncmo->ncm", B, B)
         masked = einsum("bnc,ncm->bncm", mask.to(A.dtype), S_A * S_B)
-        term = ((masked + 1e-16) ** (p / 2)).sum((0, 2, 3))
+        term = ((masked + 1e-16) ** (p / 2)).sum((-2, -1)).sum(0)
         total = term if total is None else total + term
     assert total is not None
     return total / n_params / batch
@@ -161,36 +186,25 @@ class TMSStep:
     def targets(self) -> dict[str, Tensor]:
         return {"linear1": self.target_weight, "linear2": self.target_weight.transpose(-2, -1)}
 
-    def run_target(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The target's output and what entered and left its layers."""
-        targets = self.targets()
-        hidden = einsum("bni,nio->bno", x, targets["linear1"])
-        before = einsum("bni,nio->bno", hidden, targets["linear2"])
-        output = torch.relu(before + self.bias)
-        return output, {"linear1": x, "linear2": hidden}, {"linear1": hidden, "linear2": before}
-
     def run_components(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for A, B in self.factors().values():
             x = component_forward(x, A, B, mask)
         return torch.relu(x + self.bias)
 
-    def attributions(self, output: Tensor, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Tensor:
-        weights = {name: component_weights(A, B) for name, (A, B) in self.factors().items()}
-        return gradient_attributions(output, inputs, outputs, weights)
-
     def __call__(self, x: Tensor) -> Result:
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
         self.optimiser.zero_grad(set_to_none=True)
-        output, inputs, outputs = self.run_target(x)
+        target = run_tms(x, self.targets(), self.bias)
         full = self.run_components(x)
         terms = {
             "param_match": param_match(self.factors(), self.targets(), self.n_params),
-            "out_recon": reconstruction(full, output),  # computed whether or not it has a coefficient
+            "out_recon": reconstruction(full, target.output),  # computed whether or not it has a coefficient
         }
-        attributions = self.attributions(output, inputs, outputs)
+        weights = {name: component_weights(A, B) for name, (A, B) in self.factors().items()}
+        attributions = gradient_attributions(target, weights)
         mask = topk_mask(attributions, self.topk)
-        terms["topk_recon"] = reconstruction(self.run_components(x, mask), output)
+        terms["topk_recon"] = reconstruction(self.run_components(x, mask), target.output)
         terms["schatten"] = schatten(self.factors(), mask, self.p, self.n_params)
         total = x.new_zeros(())
         for name, coefficient in self.coefficients.items():

@@ -40,7 +40,7 @@ class Components(nn.Module):
         dtype, device: As everywhere in torch.
 
     Raises:
-        ValueError: If a size is not positive, a tie does not fit or a layer is named twice.
+        ValueError: If there is no layer, a size is not positive or a tie does not fit.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ class Components(nn.Module):
                 At.grad.sub_((At.grad * At).sum(-1, keepdim=True) * At)
 
     def export(self) -> dict[str, Tensor]:
-        """What a file holds: `<layer>.A` [I, C, d_in, m] and `<layer>.B` [I, C, m, d_out] of the untied layers."""
+        """What a file holds, copied: `<layer>.A` [I, C, d_in, m], `<layer>.B` [I, C, m, d_out] of the untied layers."""
         out = {}
         for name in self.multiplicity:
-            A, B = self.factors(name)
-            out[f"{name}.A"], out[f"{name}.B"] = A.detach().contiguous(), B.detach().contiguous()
+            for kind, factor in zip("AB", self.factors(name), strict=True):
+                out[f"{name}.{kind}"] = factor.detach().clone(memory_format=torch.contiguous_format)
         return out
 
     def extra_repr(self) -> str:
@@ -175,6 +175,10 @@ class Components(nn.Module):
         return f"n_instances={self.n_instances}, n_components={self.n_components}, rank={self.rank}, layers: {sizes}"
 
 
+_TAKEN = frozenset(dir(nn.ParameterDict()))
+
+
 def _key(name: str) -> str:
-    """A layer's name as a ParameterDict accepts it."""
-    return name.replace(".", "/")
+    """A layer's name as a ParameterDict accepts it: without dots, and none of its own attributes (`keys`, `values`)."""
+    key = name.replace(".", "/")
+    return f"{key}/" if key in _TAKEN else key

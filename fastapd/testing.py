@@ -73,13 +73,14 @@ class _Source:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.device = dtype, device
 
+    def put(self, drawn: Tensor) -> Tensor:
+        return drawn.to(self.device, self.dtype)
+
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return (scale * drawn).to(self.device, self.dtype)
+        return self.put(scale * torch.randn(shape, generator=self.generator, dtype=torch.float64))
 
     def uniform(self, *shape: int) -> Tensor:
-        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return drawn.to(self.device, self.dtype)
+        return self.put(torch.rand(shape, generator=self.generator, dtype=torch.float64))
 
     def inputs(self, case: Case, d_in: int) -> Tensor:
         """Activations [I, b, d_in] of which about half are zero, as after a ReLU."""
@@ -92,7 +93,8 @@ class _Source:
         return At.mT, self.normal(*leading, d_out, scale=max(1, case.rank) ** -0.5)
 
     def scores(self, case: Case) -> Tensor:
-        return self.normal(case.n_instances, case.batch, case.n_components).square_()
+        shape = (case.n_instances, case.batch, case.n_components)
+        return self.put(torch.randn(shape, generator=self.generator, dtype=torch.float64).square_())
 
 
 def _sum_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
@@ -129,6 +131,14 @@ def _attribution_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
     return xs, gs, [A, second[0]], [B, second[1]]
 
 
+def _batch_topk_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    return source.scores(case), case.n_pairs
+
+
+def _sample_topk_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
+    return source.scores(case), min(2, case.n_components)
+
+
 def _schatten_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
     *_, A, B, selection = _selected_inputs(case, source)
     return A, B, selection.counts, P, EPS, case.batch
@@ -147,12 +157,32 @@ class _Op(NamedTuple):
     n_terms: Callable[..., int]  # of the arguments: how many additions a value or gradient goes through
 
 
+def _reference_forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
+    return reference_forward.component_forward(x, A, B, mask)
+
+
+def _reference_selected(x: Tensor, A: Tensor, B: Tensor, selection: ops.Selection) -> Tensor:
+    return reference_forward.component_forward_selected(x, A, B, *selection)[0]
+
+
 def _reference_schatten(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None) -> Tensor:
     return reference_svd.schatten_factored(A, B, counts, p, eps, -1 if batch is None else batch)
 
 
 def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
     return A.shape[-3] * A.shape[-1] + A.shape[-2] + B.shape[-1]
+
+
+def _terms_loss(A: Tensor, B: Tensor, target: Tensor) -> int:
+    return _terms_factors(A, B) + A.shape[-2] * B.shape[-1]
+
+
+def _terms_masked(A: Tensor, B: Tensor, mask: Tensor, *rest: Any) -> int:
+    return _terms_factors(A, B) + mask.shape[-2] * mask.shape[-1] * A.shape[-1]
+
+
+def _terms_none(*args: Any) -> int:
+    return 0
 
 
 def _terms_forward(x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> int:
@@ -163,71 +193,33 @@ def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs:
     return sum(sum(t.shape[-2:]) for t in (*xs, *gs)) + sum(A.shape[-1] for A in As)
 
 
+# fmt: off
 _OPS = {
     "component_sum": _Op(
-        ops.component_sum,
-        reference_sum.component_sum,
-        _sum_inputs,
-        (0, 1),
-        _terms_factors,
-    ),
+        ops.component_sum, reference_sum.component_sum, _sum_inputs, (0, 1), _terms_factors),
     "component_sum_loss": _Op(
-        ops.component_sum_loss,
-        reference_sum.component_sum_loss,
-        _loss_inputs,
-        (0, 1, 2),
-        lambda A, B, target: _terms_factors(A, B) + A.shape[-2] * B.shape[-1],
-    ),
+        ops.component_sum_loss, reference_sum.component_sum_loss, _loss_inputs, (0, 1, 2), _terms_loss),
     "component_forward": _Op(
-        ops.component_forward,
-        lambda x, A, B, mask=None: reference_forward.component_forward(x, A, B, mask),
-        _forward_inputs,
-        (0, 1, 2, 3),
-        _terms_forward,
-    ),
+        ops.component_forward, _reference_forward, _forward_inputs, (0, 1, 2, 3), _terms_forward),
     "component_forward_selected": _Op(
-        ops.component_forward_selected,
-        lambda x, A, B, selection: reference_forward.component_forward_selected(x, A, B, *selection)[0],
-        _selected_inputs,
-        (0, 1, 2),
-        _terms_forward,
-    ),
+        ops.component_forward_selected, _reference_selected, _selected_inputs, (0, 1, 2), _terms_forward),
     "attribution_reduce": _Op(
-        ops.attribution_reduce,
-        reference_attribution.attribution_reduce,
-        _attribution_inputs,
-        (2, 3),
-        _terms_attribution,
-    ),
+        ops.attribution_reduce, reference_attribution.attribution_reduce, _attribution_inputs, (2, 3),
+        _terms_attribution),
     "batch_topk": _Op(
-        ops.batch_topk,
-        reference_topk.batch_topk,
-        lambda case, source: (source.scores(case), case.n_pairs),
-        (),
-        lambda scores, K: 0,
-    ),
+        ops.batch_topk, reference_topk.batch_topk, _batch_topk_inputs, (), _terms_none),
     "sample_topk": _Op(
-        ops.sample_topk,
-        reference_topk.sample_topk,
-        lambda case, source: (source.scores(case), min(2, case.n_components)),
-        (),
-        lambda scores, K: 0,
-    ),
+        ops.sample_topk, reference_topk.sample_topk, _sample_topk_inputs, (), _terms_none),
     "schatten_factored": _Op(
-        ops.schatten_factored,
-        _reference_schatten,
-        _schatten_inputs,
-        (0, 1),
-        _terms_factors,
-    ),
+        ops.schatten_factored, _reference_schatten, _schatten_inputs, (0, 1), _terms_factors),
     "schatten_factored_masked": _Op(
-        ops.schatten_factored,
-        reference_svd.schatten_factored_masked,
-        _schatten_masked_inputs,
-        (0, 1, 2),
-        lambda A, B, mask, *rest: _terms_factors(A, B) + mask.shape[-2] * mask.shape[-1] * A.shape[-1],
-    ),
+        ops.schatten_factored, reference_svd.schatten_factored_masked, _schatten_masked_inputs, (0, 1, 2),
+        _terms_masked),
 }
+# fmt: on
+
+OPS = tuple(_OPS)
+"""The names that `inputs`, `run` and the rest take: the public ops, and the second form of `schatten_factored`."""
 
 
 def cpu_backends(op: str) -> list[str]:
@@ -333,7 +325,7 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
     """Σ|terms| of every value: the oracle on absolute values, where nothing cancels."""
     args, cotangents = map_floats(lambda t: t.double().abs(), (list(args), cotangents))
     if op == "component_sum_loss":  # which subtracts its target
-        args[2] = -args[2]
+        args = (*args[:2], -args[2])
     found = reference(op, args, cotangents)
     return Answer([t.abs() for t in found.outputs], [t.abs() for t in found.grads])
 

@@ -19,7 +19,7 @@ from fastapd.decomposition import Decomposition
 from fastapd.experiments import family
 from fastapd.experiments._check import Check
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import Step, decompose, evaluate
+from fastapd.training import Step, decompose, evaluate, select
 
 
 class Outcome(NamedTuple):
@@ -60,6 +60,10 @@ def self_check(model: ComponentModel, config: RunConfig, x: torch.Tensor) -> str
     said += ", selections equal" if different == 0 else f", {different} pairs selected differently"
     if any(not error <= limit for error in errors.values()):
         raise RuntimeError(f"self-check: backends must agree with the reference to {limit:.0e}, got {said}")
+    # Rounding may select differently above; on the very same scores the choice is exact.
+    wrong = int((select(oracle.attributions, config.method).mask != oracle.selection.mask).sum())
+    if wrong:
+        raise RuntimeError(f"self-check: backends must agree with the reference, got {wrong} wrong pairs selected")
     return f"backends against the reference: {said}"
 
 

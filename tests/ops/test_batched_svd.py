@@ -132,6 +132,15 @@ def test_schatten_factored_takes_any_strides(op, backend, view):
 
 
 @both
+def test_schatten_factored_takes_expanded_tensors(op, backend):
+    expanded = testing.map_tensors(lambda t: t[:1].expand(3, *t.shape[1:]), testing.inputs(op, "odd"))
+    dense = testing.map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), expanded)
+    cotangents = [t.new_ones(()).expand_as(t) for t in testing.run(op, expanded).outputs]
+    outputs, grads = testing.run(op, expanded, cotangents)
+    testing.assert_matches_reference(op, outputs, dense, backend, grads=grads, cotangents=cotangents)
+
+
+@both
 def test_schatten_factored_leaves_its_inputs_alone(op, backend):
     args = testing.inputs(op, "tms_40")
     before = testing.map_tensors(torch.clone, args)
@@ -220,11 +229,11 @@ def test_schatten_factored_of_counts_is_that_of_the_mask_they_count():
 
 
 def test_schatten_factored_adds_the_constant_of_unused_components_when_asked():
-    A, B, counts, p, eps, batch = testing.inputs(COUNTS, "tms", torch.float64)
+    A, B, counts, p, _, batch = testing.inputs(COUNTS, "tms", torch.float64)
     unused = batch * A.shape[1] - counts.sum(-1)
     with_constant = ops.schatten_factored(A, B, counts, p, 1e-4, batch)
     without = ops.schatten_factored(A, B, counts, p, 1e-4)
-    torch.testing.assert_close(with_constant - without, unused * 3 * 1e-4 ** (p / 2), rtol=1e-9, atol=0)
+    torch.testing.assert_close(with_constant - without, unused.double() * 3 * 1e-4 ** (p / 2), rtol=1e-9, atol=0)
 
 
 def test_schatten_factored_is_the_true_sum_for_orthogonal_factors_and_bounds_it_for_p_of_one():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastapd import backends, ops, testing
+from fastapd import ops, testing
 
 DENSE, SELECTED = "component_forward", "component_forward_selected"
 BACKWARD = "component_forward_selected_backward"
@@ -148,19 +149,20 @@ def test_component_forward_takes_any_strides(op, backend, view):
     wanted = testing.run(op, args, cotangents)
     found = testing.run(op, *testing.map_tensors(testing.VIEWS[view], (args, cotangents)))
     testing.assert_matches_reference(op, found.outputs, args, backend, grads=found.grads, cotangents=cotangents)
-    testing.assert_bit_equal(found, wanted)
+    if backend == "cpu":  # a library GEMM may follow the strides: its bits may differ
+        testing.assert_bit_equal(found, wanted)
 
 
 @both
 def test_component_forward_takes_expanded_tensors(op, backend):
     expanded = testing.map_tensors(lambda t: t[:1].expand(3, *t.shape[1:]), testing.inputs(op, "odd"))
     dense = testing.map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), expanded)
-    leaves, theirs = (testing.map_floats(lambda t: t.detach().requires_grad_(), a) for a in (expanded, dense))
-    ours, wanted = getattr(ops, op)(*leaves), getattr(ops, op)(*theirs)
-    testing.assert_bit_equal(ours, wanted)
-    # the gradient of a sum is itself expanded
-    got = torch.autograd.grad(ours.sum(), leaves[1:3])
-    testing.assert_bit_equal(got, torch.autograd.grad(wanted.sum(), theirs[1:3]))
+    outputs = testing.run(op, expanded).outputs
+    cotangents = [t.new_ones(()).expand_as(t) for t in outputs]  # as the gradient of a sum is
+    outputs, grads = testing.run(op, expanded, cotangents)
+    testing.assert_matches_reference(op, outputs, dense, backend, grads=grads, cotangents=cotangents)
+    if backend == "cpu":
+        testing.assert_bit_equal((outputs, grads), tuple(testing.run(op, dense, cotangents)))
 
 
 @both
@@ -188,6 +190,15 @@ def test_component_forward_selected_is_independent_of_threads(backend, dtype, th
     for n in (2, 3):
         threads(n)
         testing.assert_bit_equal(with_gradients(SELECTED, args), alone)
+
+
+@both
+def test_component_forward_serves_several_python_threads(op, backend):
+    problems = [testing.inputs(op, "tms_40", seed=seed) for seed in range(4)]
+    alone = [with_gradients(op, args) for args in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(lambda i: with_gradients(op, problems[i % 4]), range(20))):
+            testing.assert_bit_equal(found, alone[i % 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -278,14 +289,12 @@ def test_component_forward_keeps_a_nan_in_its_sample(op, backend, sample):
     testing.assert_bit_equal(found, clean)
 
 
-def test_component_forward_under_autocast_keeps_its_dtype():
-    for op in (DENSE, SELECTED):
-        for backend in testing.cpu_backends(op):
-            args = testing.inputs(op, "odd")
-            with backends.use_backend(backend):
-                wanted = testing.run(op, args).outputs
-                with torch.autocast("cpu", torch.bfloat16):
-                    testing.assert_bit_equal(testing.run(op, args).outputs, wanted)
+@both
+def test_component_forward_under_autocast_keeps_its_dtype(op, backend):
+    args = testing.inputs(op, "odd")
+    wanted = testing.run(op, args).outputs
+    with torch.autocast("cpu", torch.bfloat16):
+        testing.assert_bit_equal(testing.run(op, args).outputs, wanted)
 
 
 A = torch.zeros(2, 3, 4, 2)
@@ -404,21 +413,23 @@ def never_written(right, x, A, B, *selection):
     return fresh, u
 
 
+WRONG = [
+    (DENSE, DENSE, without_the_mask),
+    (SELECTED, SELECTED, without_one_component),
+    (SELECTED, SELECTED, never_written),
+    (SELECTED, BACKWARD, without_one_gradient),
+]
+
+
 @pytest.mark.parametrize(
-    "op, planted, wrong",
-    [
-        (DENSE, DENSE, without_the_mask),
-        (SELECTED, SELECTED, without_one_component),
-        (SELECTED, SELECTED, never_written),
-        (SELECTED, BACKWARD, without_one_gradient),
-    ],
+    "op, planted, wrong, backend",
+    [(*row, backend) for row in WRONG for backend in testing.cpu_backends(row[0])],
+    indirect=["backend"],
 )
-def test_component_forward_planted_error_is_found(op, planted, wrong, plant):
-    for backend in testing.cpu_backends(op):
-        args = testing.inputs(op, "tms")
-        cotangents = testing.random_cotangents(testing.run(op, args).outputs)
-        with backends.use_backend(backend):
-            plant(planted, backend, wrong)
-            outputs, grads = testing.run(op, args, cotangents)
-            with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
-                testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
+def test_component_forward_planted_error_is_found(op, planted, wrong, backend, plant):
+    args = testing.inputs(op, "tms")
+    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+    plant(planted, backend, wrong)
+    outputs, grads = testing.run(op, args, cotangents)
+    with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
+        testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
