@@ -8,151 +8,27 @@ two forms of `schatten_factored` go by the names of their torch ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastapd import backends, ops
+from fastapd import _cases, backends, ops
+from fastapd._cases import CASES as CASES
+from fastapd._cases import EPS as EPS
+from fastapd._cases import Case as Case
+from fastapd._cases import P as P
 from fastapd.reference import attribution_reduce as reference_attribution
 from fastapd.reference import batch_topk as reference_topk
 from fastapd.reference import batched_svd as reference_svd
 from fastapd.reference import component_forward as reference_forward
 from fastapd.reference import component_sum as reference_sum
 
-P, EPS = 0.9, 1e-16
-"""The exponent and the epsilon of the Schatten cases."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """The sizes of one layer and its batch; `attribution_reduce` gets a second layer back from d_out to d_in.
-
-    Attributes:
-        n_outputs: How many outputs of the target `attribution_reduce` sums over.
-        k: How many components each sample selects on average.
-        tied: Whether the second layer is the first with the roles of A and B swapped.
-    """
-
-    name: str
-    n_instances: int
-    batch: int
-    n_components: int
-    rank: int
-    d_in: int
-    d_out: int
-    n_outputs: int
-    k: float = 1.0
-    tied: bool = False
-
-    @property
-    def n_pairs(self) -> int:
-        return int(self.k * self.batch)
-
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("tms", 12, 256, 5, 3, 5, 2, n_outputs=5, tied=True),
-        Case("tms_40", 3, 128, 40, 11, 40, 10, n_outputs=40, tied=True),
-        Case("resid", 1, 64, 30, 6, 50, 20, n_outputs=50, k=1.28),
-        Case("odd", 2, 37, 13, 7, 17, 1, n_outputs=3, k=2.5),
-        Case("rank1", 2, 29, 7, 1, 11, 19, n_outputs=6, k=1.5),
-        Case("single", 2, 16, 1, 5, 6, 9, n_outputs=2, k=0.5),
-        Case("empty_batch", 2, 0, 4, 3, 5, 6, n_outputs=2),
-        Case("wide", 1, 33, 6, 5, 131, 100, n_outputs=3, k=2.0),
-    )
-}
-
-
-class _Source:
-    """Random tensors: drawn in float64 on the CPU, so that a seed means the same numbers in every dtype and place."""
-
-    def __init__(self, dtype: torch.dtype, seed: int, device: str | torch.device) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dtype, self.device = dtype, device
-
-    def put(self, drawn: Tensor) -> Tensor:
-        return drawn.to(self.device, self.dtype)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return self.put(scale * torch.randn(shape, generator=self.generator, dtype=torch.float64))
-
-    def uniform(self, *shape: int) -> Tensor:
-        return self.put(torch.rand(shape, generator=self.generator, dtype=torch.float64))
-
-    def inputs(self, case: Case, d_in: int) -> Tensor:
-        """Activations [I, b, d_in] of which about half are zero, as after a ReLU."""
-        return self.normal(case.n_instances, case.batch, d_in).relu_()
-
-    def factors(self, case: Case, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-        """A [I, C, d_in, m], the transposed view of the house layout, and B [I, C, m, d_out]."""
-        leading = (case.n_instances, case.n_components, case.rank)
-        At = self.normal(*leading, d_in, scale=max(1, d_in) ** -0.5)
-        return At.mT, self.normal(*leading, d_out, scale=max(1, case.rank) ** -0.5)
-
-    def scores(self, case: Case) -> Tensor:
-        shape = (case.n_instances, case.batch, case.n_components)
-        return self.put(torch.randn(shape, generator=self.generator, dtype=torch.float64).square_())
-
-
-def _sum_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    return source.factors(case, case.d_in, case.d_out)
-
-
-def _loss_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    A, B = source.factors(case, case.d_in, case.d_out)
-    return A, B, source.normal(case.n_instances, case.d_in, case.d_out)
-
-
-def _forward_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    A, B = source.factors(case, case.d_in, case.d_out)
-    mask = source.uniform(case.n_instances, case.batch, case.n_components)
-    return source.inputs(case, case.d_in), A, B, mask
-
-
-def _selected_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    A, B = source.factors(case, case.d_in, case.d_out)
-    selection = ops.Selection(*reference_topk.batch_topk(source.scores(case), case.n_pairs))
-    return source.inputs(case, case.d_in), A, B, selection
-
-
-def _attribution_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    A, B = source.factors(case, case.d_in, case.d_out)
-    second = (B.mT, A.mT) if case.tied else source.factors(case, case.d_out, case.d_in)
-    xs = [source.inputs(case, case.d_in), source.inputs(case, case.d_out)]
-    # behind the last layer the gradients of a linear output are the same for all samples
-    g_batch = case.batch if case.tied else 1
-    gs = [
-        source.normal(case.n_instances, case.batch, case.n_outputs, case.d_out),
-        source.normal(case.n_instances, g_batch, case.n_outputs, case.d_in),
-    ]
-    return xs, gs, [A, second[0]], [B, second[1]]
-
-
-def _batch_topk_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    return source.scores(case), case.n_pairs
-
-
-def _sample_topk_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    return source.scores(case), min(2, case.n_components)
-
-
-def _schatten_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    *_, A, B, selection = _selected_inputs(case, source)
-    return A, B, selection.counts, P, EPS, case.batch
-
-
-def _schatten_masked_inputs(case: Case, source: _Source) -> tuple[Any, ...]:
-    _, A, B, mask = _forward_inputs(case, source)
-    return A, B, mask, P, EPS
-
 
 class _Op(NamedTuple):
     public: Callable[..., Any]
     reference: Callable[..., Any]  # of arguments that have the instance axis
-    inputs: Callable[[Case, _Source], tuple[Any, ...]]
+    inputs: Callable[[Case, _cases.Source], tuple[Any, ...]]
     differentiable: tuple[int, ...]  # which arguments have gradients
     n_terms: Callable[..., int]  # of the arguments: how many additions a value or gradient goes through
 
@@ -165,8 +41,28 @@ def _reference_selected(x: Tensor, A: Tensor, B: Tensor, selection: ops.Selectio
     return reference_forward.component_forward_selected(x, A, B, *selection)[0]
 
 
-def _reference_schatten(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None) -> Tensor:
-    return reference_svd.schatten_factored(A, B, counts, p, eps, -1 if batch is None else batch)
+def _reference_factored(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None) -> Tensor:
+    return reference_svd.schatten_factored(A, B, counts, p, eps, -1 if batch is None else batch, False)[0]
+
+
+def _reference_masked(A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float) -> Tensor:
+    return reference_svd.schatten_factored_masked(A, B, mask, p, eps, False)[0]
+
+
+def _svdvals_of_products(A: Tensor, B: Tensor) -> Tensor:
+    """Not the reference's route: the products are formed. In float64, as both backends are inside."""
+    values = torch.linalg.svdvals(A.double() @ B.double())[..., : A.shape[-1]]
+    return torch.nn.functional.pad(values, (0, A.shape[-1] - values.shape[-1])).to(A.dtype)
+
+
+def _schatten_of_products(
+    A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None
+) -> Tensor:
+    sums = (_svdvals_of_products(A.double(), B.double()).square() + eps).pow(p / 2).sum(-1)
+    total = (counts * sums).sum(-1)
+    if batch is not None:
+        total = total + (batch - counts).sum(-1) * A.shape[-1] * eps ** (p / 2)
+    return total.to(A.dtype)
 
 
 def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
@@ -175,6 +71,10 @@ def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
 
 def _terms_loss(A: Tensor, B: Tensor, target: Tensor) -> int:
     return _terms_factors(A, B) + A.shape[-2] * B.shape[-1]
+
+
+def _terms_svd(A: Tensor, B: Tensor, *rest: Any) -> int:
+    return 16 * (A.shape[-2] + B.shape[-1]) * A.shape[-1]  # two factorisations, a product and the sweeps
 
 
 def _terms_masked(A: Tensor, B: Tensor, mask: Tensor, *rest: Any) -> int:
@@ -196,25 +96,28 @@ def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs:
 # fmt: off
 _OPS = {
     "component_sum": _Op(
-        ops.component_sum, reference_sum.component_sum, _sum_inputs, (0, 1), _terms_factors),
+        ops.component_sum, reference_sum.component_sum, _cases.sum_inputs, (0, 1), _terms_factors),
     "component_sum_loss": _Op(
-        ops.component_sum_loss, reference_sum.component_sum_loss, _loss_inputs, (0, 1, 2), _terms_loss),
+        ops.component_sum_loss, reference_sum.component_sum_loss, _cases.loss_inputs, (0, 1, 2), _terms_loss),
     "component_forward": _Op(
-        ops.component_forward, _reference_forward, _forward_inputs, (0, 1, 2, 3), _terms_forward),
+        ops.component_forward, _reference_forward, _cases.forward_inputs, (0, 1, 2, 3), _terms_forward),
     "component_forward_selected": _Op(
-        ops.component_forward_selected, _reference_selected, _selected_inputs, (0, 1, 2), _terms_forward),
+        ops.component_forward_selected, _reference_selected, _cases.selected_inputs, (0, 1, 2), _terms_forward),
     "attribution_reduce": _Op(
-        ops.attribution_reduce, reference_attribution.attribution_reduce, _attribution_inputs, (2, 3),
+        ops.attribution_reduce, reference_attribution.attribution_reduce, _cases.attribution_inputs, (2, 3),
         _terms_attribution),
     "batch_topk": _Op(
-        ops.batch_topk, reference_topk.batch_topk, _batch_topk_inputs, (), _terms_none),
+        ops.batch_topk, reference_topk.batch_topk, _cases.batch_topk_inputs, (), _terms_none),
     "sample_topk": _Op(
-        ops.sample_topk, reference_topk.sample_topk, _sample_topk_inputs, (), _terms_none),
+        ops.sample_topk, reference_topk.sample_topk, _cases.sample_topk_inputs, (), _terms_none),
     "schatten_factored": _Op(
-        ops.schatten_factored, _reference_schatten, _schatten_inputs, (0, 1), _terms_factors),
+        ops.schatten_factored, _reference_factored, _cases.schatten_inputs, (0, 1), _terms_factors),
     "schatten_factored_masked": _Op(
-        ops.schatten_factored, reference_svd.schatten_factored_masked, _schatten_masked_inputs, (0, 1, 2),
-        _terms_masked),
+        ops.schatten_factored, _reference_masked, _cases.schatten_masked_inputs, (0, 1, 2), _terms_masked),
+    "component_svdvals": _Op(
+        ops.component_svdvals, _svdvals_of_products, _cases.sum_inputs, (0, 1), _terms_svd),
+    "schatten": _Op(
+        ops.schatten, _schatten_of_products, _cases.schatten_inputs, (0, 1), _terms_svd),
 }
 # fmt: on
 
@@ -241,7 +144,7 @@ def inputs(
 ) -> tuple[Any, ...]:
     """The arguments of the op's public function for a case, factors in the house layout."""
     case = CASES[case] if isinstance(case, str) else case
-    return _OPS[op].inputs(case, _Source(dtype, seed, device))
+    return _OPS[op].inputs(case, _cases.Source(dtype, seed, device))
 
 
 def tensors_of(value: Any) -> list[Tensor]:

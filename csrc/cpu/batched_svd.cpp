@@ -200,7 +200,7 @@ double exact_component(const T* At, const T* B, double weight, double p, double 
                        double* row, T* grad_At, T* grad_B) {
   const int64_t m = n.rank;
   double scale_a, scale_b;
-  const bool gradient = grad_At != nullptr;
+  const bool gradient = grad_At != nullptr || grad_B != nullptr;  // one is null when it has no entries
   const double back = decompose_component(At, B, m, n.d_in, n.d_out, gradient, w, &scale_a, &scale_b);
   double total = 0;
   for (int64_t i = 0; i < m; ++i) total += power(w.sigma[i] * w.sigma[i] + eps, p / 2);
@@ -240,7 +240,7 @@ double factored_component(const T* At, const T* B, double weight, double p, doub
     const double norm_a = dot_wide(a, a, n.d_in), norm_b = dot_wide(b, b, n.d_out);
     const double base = norm_a * norm_b + eps;
     total += power(base, p / 2);
-    if (grad_At == nullptr) continue;
+    if (grad_At == nullptr && grad_B == nullptr) continue;
     const double g = 2 * weight * slope(base, p / 2);
     const double ga = g * norm_b, gb = g * norm_a;
     for (int64_t d = 0; d < n.d_in; ++d) grad_At[i * n.d_in + d] = static_cast<T>(ga * static_cast<double>(a[d]));
@@ -301,6 +301,7 @@ template <class T>
 bool schatten_masked(const T* At, const T* B, const T* mask, double p, double eps, int64_t batch, T* loss, T* grad_At,
                      T* grad_B, T* grad_mask, SchattenSizes n, int threads) {
   const int64_t groups = n.n_instances * n.n_components, m = n.rank, C = n.n_components;
+  const bool gradient = grad_At != nullptr || grad_B != nullptr;
   const Workspace<double> memory(groups * (1 + 2 * m));
   double* sums = memory.data;
   if (sums == nullptr) return false;
@@ -327,7 +328,7 @@ bool schatten_masked(const T* At, const T* B, const T* mask, double p, double ep
           const int64_t at = (i * batch + s) * C + c;
           const double weight = static_cast<double>(mask[at]), base = weight * S + eps;
           total += power(base, p / 2);
-          if (grad_At == nullptr && grad_mask == nullptr) continue;
+          if (!gradient && grad_mask == nullptr) continue;
           const double step = slope(base, p / 2);
           dS += weight * step;
           if (grad_mask != nullptr) {
@@ -335,7 +336,7 @@ bool schatten_masked(const T* At, const T* B, const T* mask, double p, double ep
             grad_mask[at] = static_cast<T>(so_far + S * step);
           }
         }
-        if (grad_At == nullptr) continue;
+        if (!gradient) continue;
         const double ga = 2 * dS * nb[r], gb = 2 * dS * na[r];
         for (int64_t d = 0; d < n.d_in; ++d)
           grad_At[(g * m + r) * n.d_in + d] = static_cast<T>(ga * static_cast<double>(At[(g * m + r) * n.d_in + d]));

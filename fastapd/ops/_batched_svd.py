@@ -126,10 +126,9 @@ def _sum_fake(op: str) -> Any:
 
 
 def _gradients(A: Tensor, B: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
-    n_instances, n_components, rank, d_out = B.shape
     if not with_grad:
         return A.new_empty(0), B.new_empty(0)
-    return A.new_empty(n_instances, n_components, rank, A.shape[2]), B.new_empty(B.shape)
+    return A.new_empty(*B.shape[:3], A.shape[2]), B.new_empty(B.shape)
 
 
 def _address(t: Tensor) -> int:

@@ -1,0 +1,139 @@
+"""The sizes and random arguments that tests and benchmarks give the ops; `fastapd.testing` puts them to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastapd import ops
+from fastapd.reference import batch_topk as reference_topk
+
+P, EPS = 0.9, 1e-16
+"""The exponent and the epsilon of the Schatten cases."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one layer and its batch; `attribution_reduce` gets a second layer back from d_out to d_in.
+
+    Attributes:
+        n_outputs: How many outputs of the target `attribution_reduce` sums over.
+        k: How many components each sample selects on average.
+        tied: Whether the second layer is the first with the roles of A and B swapped.
+    """
+
+    name: str
+    n_instances: int
+    batch: int
+    n_components: int
+    rank: int
+    d_in: int
+    d_out: int
+    n_outputs: int
+    k: float = 1.0
+    tied: bool = False
+
+    @property
+    def n_pairs(self) -> int:
+        return int(self.k * self.batch)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("tms", 12, 256, 5, 3, 5, 2, n_outputs=5, tied=True),
+        Case("tms_40", 3, 128, 40, 11, 40, 10, n_outputs=40, tied=True),
+        Case("resid", 1, 64, 30, 6, 50, 20, n_outputs=50, k=1.28),
+        Case("odd", 2, 37, 13, 7, 17, 1, n_outputs=3, k=2.5),
+        Case("rank1", 2, 29, 7, 1, 11, 19, n_outputs=6, k=1.5),
+        Case("single", 2, 16, 1, 5, 6, 9, n_outputs=2, k=0.5),
+        Case("empty_batch", 2, 0, 4, 3, 5, 6, n_outputs=2),
+        Case("wide", 1, 33, 6, 5, 131, 100, n_outputs=3, k=2.0),
+    )
+}
+
+
+class Source:
+    """Random tensors: drawn in float64 on the CPU, so that a seed means the same numbers in every dtype and place."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, device: str | torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def put(self, drawn: Tensor) -> Tensor:
+        return drawn.to(self.device, self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self.put(scale * torch.randn(shape, generator=self.generator, dtype=torch.float64))
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self.put(torch.rand(shape, generator=self.generator, dtype=torch.float64))
+
+    def inputs(self, case: Case, d_in: int) -> Tensor:
+        """Activations [I, b, d_in] of which about half are zero, as after a ReLU."""
+        return self.normal(case.n_instances, case.batch, d_in).relu_()
+
+    def factors(self, case: Case, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+        """A [I, C, d_in, m], the transposed view of the house layout, and B [I, C, m, d_out]."""
+        leading = (case.n_instances, case.n_components, case.rank)
+        At = self.normal(*leading, d_in, scale=max(1, d_in) ** -0.5)
+        return At.mT, self.normal(*leading, d_out, scale=max(1, case.rank) ** -0.5)
+
+    def scores(self, case: Case) -> Tensor:
+        shape = (case.n_instances, case.batch, case.n_components)
+        return self.put(torch.randn(shape, generator=self.generator, dtype=torch.float64).square_())
+
+
+def sum_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    return source.factors(case, case.d_in, case.d_out)
+
+
+def loss_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    return A, B, source.normal(case.n_instances, case.d_in, case.d_out)
+
+
+def forward_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    mask = source.uniform(case.n_instances, case.batch, case.n_components)
+    return source.inputs(case, case.d_in), A, B, mask
+
+
+def selected_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    selection = ops.Selection(*reference_topk.batch_topk(source.scores(case), case.n_pairs))
+    return source.inputs(case, case.d_in), A, B, selection
+
+
+def attribution_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    A, B = source.factors(case, case.d_in, case.d_out)
+    second = (B.mT, A.mT) if case.tied else source.factors(case, case.d_out, case.d_in)
+    xs = [source.inputs(case, case.d_in), source.inputs(case, case.d_out)]
+    # behind the last layer the gradients of a linear output are the same for all samples
+    g_batch = case.batch if case.tied else 1
+    gs = [
+        source.normal(case.n_instances, case.batch, case.n_outputs, case.d_out),
+        source.normal(case.n_instances, g_batch, case.n_outputs, case.d_in),
+    ]
+    return xs, gs, [A, second[0]], [B, second[1]]
+
+
+def batch_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    return source.scores(case), case.n_pairs
+
+
+def sample_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    return source.scores(case), min(2, case.n_components)
+
+
+def schatten_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    *_, A, B, selection = selected_inputs(case, source)
+    return A, B, selection.counts, P, EPS, case.batch
+
+
+def schatten_masked_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    _, A, B, mask = forward_inputs(case, source)
+    return A, B, mask, P, EPS
