@@ -24,10 +24,14 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "component_forward_selected": (x, A, B, *selection),
         "component_forward_selected_backward": (x.new_zeros(1, 4, 5), x, A, B, u, *selection, True, True, True),
         "attribution_reduce": ([x], [g], [A], [B]),
+        "attribution_reduce_backward": (mask, [x], [g], [A], [B]),
         "batch_topk": (mask, 3),
+        "batch_topk_counts": (mask, counts[:, 0].long(), 3),
         "sample_topk": (mask, 1),
-        "schatten_factored": (A, B, counts.long(), 1.0, 1e-16, 4),
-        "schatten_factored_masked": (A, B, mask, 1.0, 1e-16),
+        "component_svdvals": (A, B),
+        "schatten": (A, B, counts.long(), 1.0, 1e-16, 4, True),
+        "schatten_factored": (A, B, counts.long(), 1.0, 1e-16, 4, True),
+        "schatten_factored_masked": (A, B, mask, 1.0, 1e-16, True),
     }
 
 

@@ -147,6 +147,7 @@ def evaluate(
     target = model.record_target(x, differentiable=of_target)
     output = target.output.detach()
     distance = distance or losses.DISTANCES[method.distance]
+    rows = model.to_instances  # outputs as [n_instances, batch, n_outputs]
     output_reconstruction = output_reconstruction or bool(method.output_reconstruction)
     hidden_of_full = method.topk is None and bool(method.activation_reconstruction)
     full: Record | None = None
@@ -161,12 +162,12 @@ def evaluate(
     if method.faithfulness:
         terms["faithfulness"] = losses.faithfulness(model.components, model.weights, model.n_params)
     if full is not None and output_reconstruction:
-        terms["output_reconstruction"] = distance(full.output, output)
+        terms["output_reconstruction"] = distance(rows(full.output), rows(output))
     masked = full
     if selection is not None and (method.minimality or method.activation_reconstruction):
         masked = model.forward(x, selection, always_on)
         if method.minimality:
-            terms["minimality"] = distance(masked.output, output)
+            terms["minimality"] = distance(rows(masked.output), rows(output))
     if masked is not None and method.activation_reconstruction:
         acts = activations or {name: _identity for name in masked.outputs}
         terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)

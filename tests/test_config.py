@@ -135,7 +135,7 @@ REFUSALS = [
     ({"method": {"topk": 1, "unit_norm": "no"}}, "method.unit_norm must be true or false, got 'no'"),
     ({"method": {"topk": 1, "unit_norm": 1}}, "method.unit_norm must be true or false, got 1"),
     ({"method": {"topk": 1, "unit_norm": "true"}}, "method.unit_norm must be true or false, got 'true'; write it"),
-    ({"method": {"topk": 1, "selection": "all"}}, "method.selection must be 'batch' or 'sample', got 'all'"),
+    ({"method": {"topk": 1, "selection": "all"}}, "method.selection must be 'batch' or 'sample' or 'exact', got 'all'"),
     ({"target": {}}, "target.family must be 'tms' or 'residual_mlp', got nothing"),
     ({"target": {"family": "gpt"}}, "target.family must be 'tms' or 'residual_mlp', got 'gpt'"),
     ({"target": 3}, "target must be a mapping, got 3"),

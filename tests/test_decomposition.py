@@ -89,9 +89,9 @@ def test_decomposition_parts_are_detached():
 def test_decomposition_select_is_the_methods_selection():
     found = _of(_tms(), ["linear*"], APD(topk=1.5))
     x = torch.rand(2, 8, 5, dtype=torch.float64)
-    attributions, selection, masked = found.select(x)
-    assert torch.equal(selection.mask, ops.batch_topk(attributions, 12).mask)
-    torch.testing.assert_close(masked.output, found(x, selection))
+    step, masked = found.select(x)
+    assert torch.equal(step.mask, ops.batch_topk(step.attributions, 12).mask)
+    torch.testing.assert_close(masked.output, found(x, step.selection))
     assert not masked.output.requires_grad
 
 
@@ -107,7 +107,7 @@ def test_decomposition_scores_by_hand():
     x = torch.rand(2, 8, 5, dtype=torch.float64)
     scores = found.score(x)
     assert set(scores) == KEYS and all(value.shape == (2,) for value in scores.values())
-    mask = found.select(x)[1].mask
+    mask = found.select(x)[0].mask
     W, W_sum = target.linear1.weight, found.parts("linear1").sum(1)
     for n in range(2):
         assert scores["full_mse"][n] == pytest.approx(float((found(x) - target(x))[n].square().mean()))

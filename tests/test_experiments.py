@@ -35,6 +35,18 @@ def _small(name: str = "tms_5-2", target: dict[str, Any] | None = None, **change
 # ---- settings
 
 
+NOT_IN_THE_PAPER = {
+    "distil_from_target": False,
+    "attribution_model": "target",
+    "attribution_norm": False,
+    "schatten": "factored",
+    "lp_sparsity": 0.0,
+    "lp_p": 0.9,
+    "distance": "mse",
+    "reference_exact_count": False,
+}
+"""What the method has besides and these experiments do not use."""
+
 PAPER = {
     "tms_5-2": {
         "experiment": "tms_5-2",
@@ -58,6 +70,7 @@ PAPER = {
             "activation_reconstruction": 0.0,
             "unit_norm": False,
             "eps": 1e-16,
+            **NOT_IN_THE_PAPER,
         },
         "target": {
             "family": "tms",
@@ -95,6 +108,7 @@ PAPER = {
             "activation_reconstruction": 0.0,
             "unit_norm": False,
             "eps": 1e-16,
+            **NOT_IN_THE_PAPER,
         },
         "target": {
             "family": "tms",

@@ -100,13 +100,15 @@ def _two_columns() -> Components:
 def test_simplicity_by_hand(p, own, empty):
     # (4 * 9 + 64)^(p/2) of the first, 64^(p/2) of the second; two of three samples select the component
     selection = ops.batch_topk(_t([[[3], [1], [2]]]), 2)
-    found = losses.simplicity(_two_columns(), selection, p, 64.0, n_params=10)
+    found = losses.simplicity(_two_columns(), selection.counts, p, 64.0, n_params=10, batch=selection.batch)
     torch.testing.assert_close(found, _t([(2 * (own + empty) + 1 * 2 * empty) / (10 * 3)]))
 
 
 def test_simplicity_counts_a_tied_matrix_twice():
     selection = ops.batch_topk(torch.rand(2, 3, 2, dtype=torch.float64), 4)
-    once, twice = (losses.simplicity(_diagonal(tied), selection, 0.9, 1e-16, 4) for tied in (False, True))
+    once, twice = (
+        losses.simplicity(_diagonal(tied), selection.counts, 0.9, 1e-16, 4, selection.batch) for tied in (False, True)
+    )
     torch.testing.assert_close(twice, 2 * once)
 
 
@@ -117,7 +119,8 @@ def test_simplicity_punishes_rank():
     A[0, 1] = torch.eye(2, dtype=torch.float64)
     given = Components.from_factors({"l": (A, torch.eye(2, dtype=torch.float64).expand(1, 2, 2, 2))})
     low, high = (
-        losses.simplicity(given, ops.batch_topk(_t([[scores]]), 1), 0.9, 1e-16, 4) for scores in ([1, 0], [0, 1])
+        losses.simplicity(given, ops.batch_topk(_t([[scores]]), 1).counts, 0.9, 1e-16, 4, 1)
+        for scores in ([1, 0], [0, 1])
     )
     assert high > 1.4 * low
 
@@ -125,7 +128,9 @@ def test_simplicity_punishes_rank():
 def test_losses_of_an_empty_batch_are_zero():
     empty = torch.zeros(2, 0, 2, dtype=torch.float64)
     selection = ops.batch_topk(empty, 0)
-    assert torch.equal(losses.simplicity(_diagonal(), selection, 0.9, 1e-16, 4).double(), _t([0, 0]))
+    assert torch.equal(
+        losses.simplicity(_diagonal(), selection.counts, 0.9, 1e-16, 4, selection.batch).double(), _t([0, 0])
+    )
     assert torch.equal(losses.reconstruction(empty, empty), _t([0, 0]))
     assert torch.equal(losses.reconstruction(empty[0], empty[0]), _t([0]))
     found = losses.activation_reconstruction({"l": empty}, {"l": empty}, {"l": torch.relu})
@@ -134,5 +139,5 @@ def test_losses_of_an_empty_batch_are_zero():
 
 def test_losses_of_an_empty_selection_count_the_regulariser_alone():
     selection = ops.batch_topk(torch.rand(1, 3, 1, dtype=torch.float64), 0)
-    found = losses.simplicity(_two_columns(), selection, 1.0, 64.0, n_params=10)
+    found = losses.simplicity(_two_columns(), selection.counts, 1.0, 64.0, n_params=10, batch=selection.batch)
     torch.testing.assert_close(found, _t([3 * 2 * 8 / (10 * 3)]))

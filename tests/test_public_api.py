@@ -34,7 +34,9 @@ OPS = [
     "component_forward_selected",
     "component_sum",
     "component_sum_loss",
+    "component_svdvals",
     "sample_topk",
+    "schatten",
     "schatten_factored",
 ]
 HEAVY = ("torch", "matplotlib", "triton", "numpy", "scipy", "pydantic", "yaml", "safetensors", "tqdm", "tyro",
