@@ -6,6 +6,12 @@ left out with its reason, printed and kept in fastapd/_build_info.json. The envi
 FASTAPD_CPU, FASTAPD_CUDA   auto (the default: build where the compiler exists), 0 (do not), 1 (must)
 FASTAPD_CUDA_ARCHS          compute capabilities, such as "80;90"; the newest is added as PTX too
 CXX, CXXFLAGS, LDFLAGS      as everywhere; CUDA_HOME is where nvcc is looked for before PATH
+
+and for tests of fastapd._C:
+
+FASTAPD_SANITIZE            address, undefined, thread, or several joined by commas: builds with these sanitizers
+FASTAPD_THREADS             auto (OpenMP where the compiler has it), openmp (must), none (one thread), std (std::thread,
+                            which the thread sanitizer understands; the baseline level alone)
 """
 
 import json
@@ -38,12 +44,31 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 DEFAULT_ARCHS = "80;90;100"
 PROBE = '#include <pybind11/pybind11.h>\n\nPYBIND11_MODULE(probe, m) { m.doc() = "probe"; }\n'
 OPENMP_PROBE = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+SANITIZERS = ("address", "undefined", "thread")
 
 
 def switch(name: str) -> str:
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
         raise OptionError(f"build: {name} must be auto, 0 or 1, got {value!r}; unset it to build what the machine can")
+    return value
+
+
+def sanitizer_flags() -> list[str]:
+    """What FASTAPD_SANITIZE adds to compiling; the first flag is for linking too."""
+    wanted = os.environ.get("FASTAPD_SANITIZE", "")
+    if not wanted:
+        return []
+    if bad := [name for name in wanted.split(",") if name not in SANITIZERS]:
+        names = ", ".join(SANITIZERS)
+        raise OptionError(f"build: FASTAPD_SANITIZE must be from {names}, joined by commas, got {bad[0]!r}")
+    return [f"-fsanitize={wanted}", "-fno-omit-frame-pointer", "-O1", "-g"]
+
+
+def threads_setting() -> str:
+    value = os.environ.get("FASTAPD_THREADS", "auto")
+    if value not in ("auto", "openmp", "std", "none"):
+        raise OptionError(f"build: FASTAPD_THREADS must be auto, openmp, std or none, got {value!r}")
     return value
 
 
@@ -108,18 +133,30 @@ class NinjaBuildExt(build_ext):
 
     def run(self) -> None:
         wants = {"_C": switch("FASTAPD_CPU"), "_C_cuda": switch("FASTAPD_CUDA")}
+        sanitize, threads = sanitizer_flags(), threads_setting()
         self.cxx, no_cxx = find_compiler()
         self.nvcc, cuda_version, self.archs, no_nvcc = find_nvcc()
-        reasons = {"_C": no_cxx, "_C_cuda": no_cxx or no_nvcc}
+        no_cuda = "FASTAPD_SANITIZE is for fastapd._C" if sanitize else no_nvcc
+        reasons = {"_C": no_cxx, "_C_cuda": no_cxx or no_cuda}
         for name, variable in (("_C", "FASTAPD_CPU"), ("_C_cuda", "FASTAPD_CUDA")):
             if wants[name] == "0":
                 reasons[name] = f"{variable}=0"
             elif wants[name] == "1" and reasons[name]:
                 advice = f"install one, or unset {variable} to go on without"
                 raise CompileError(f"build: {variable}=1 must find working compilers, got: {reasons[name]}; {advice}")
-        flags = [*CXX_FLAGS, *flags_of("CXXFLAGS")]
-        self.openmp = ["-fopenmp"] if self.cxx and not why_not([*self.cxx, *flags], OPENMP_PROBE, "-fopenmp") else []
-        self.flags = [*flags, *self.openmp, *INCLUDES, f"-DFASTAPD_X86_LEVELS={int('avx512' in LEVELS)}"]
+        flags = [*CXX_FLAGS, *sanitize, *flags_of("CXXFLAGS")]
+        if reasons["_C"] is None and sanitize and (reason := why_not(self.cxx, "int nothing;\n", *sanitize)):
+            raise CompileError(f"build: {sanitize[0]} must work with {shlex.join(self.cxx)}, got: {reason}")
+        no_openmp = why_not([*self.cxx, *flags], OPENMP_PROBE, "-fopenmp") if self.cxx else no_cxx
+        if reasons["_C"] is None and threads == "openmp" and no_openmp:
+            raise CompileError(f"build: FASTAPD_THREADS=openmp must find OpenMP, got: {no_openmp}")
+        self.openmp = ["-fopenmp"] if threads in ("auto", "openmp") and not no_openmp else []
+        # std::thread is a library template, which a level above the baseline must not instantiate (see simd.h).
+        self.levels = {"baseline": LEVELS["baseline"]} if threads == "std" else LEVELS
+        self.link_flags = [*LINK_FLAGS, *self.openmp, *sanitize[:1], *(["-pthread"] if threads == "std" else [])]
+        defines = [f"-DFASTAPD_X86_LEVELS={int('avx512' in self.levels)}"]
+        defines += ["-DFASTAPD_STD_THREADS=1", "-pthread"] if threads == "std" else []
+        self.flags = [*flags, *self.openmp, *INCLUDES, *defines]
 
         modules = {name: Path(self.get_ext_fullpath(f"fastapd.{name}")) for name in reasons}
         targets = {name: path for name, path in modules.items() if reasons[name] is None}
@@ -144,7 +181,7 @@ class NinjaBuildExt(build_ext):
             **reasons,
             "compiler": next(iter(output_of(*self.cxx, "--version").splitlines()), None) if self.cxx else None,
             "cuda": cuda_version or None,
-            "cpu_levels": [] if reasons["_C"] else list(LEVELS),
+            "cpu_levels": [] if reasons["_C"] else list(self.levels),
             "cuda_archs": [] if reasons["_C_cuda"] else self.archs,
             "openmp": bool(self.openmp) and reasons["_C"] is None,
         }
@@ -173,13 +210,13 @@ class NinjaBuildExt(build_ext):
 
             graph.variable("builddir", str(folder))
             rule("cxx", *self.cxx, *self.flags, "$level", "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out")
-            rule("link", *self.cxx, *LINK_FLAGS, *self.openmp, "$in", "-o", "$out", *flags_of("LDFLAGS"))
+            rule("link", *self.cxx, *self.link_flags, "$in", "-o", "$out", *flags_of("LDFLAGS"))
             if "_C" in targets:
                 # The linker keeps the first copy of a shared inline function (std::vector's, say). Baseline objects
                 # come first, so that no AVX copy of one is called on a machine without AVX.
                 objects = [compile("cxx", Path("csrc/bindings.cpp"))]
                 sources = sorted(Path("csrc/cpu").glob("*.cpp"))
-                for level, flags in LEVELS.items():
+                for level, flags in self.levels.items():
                     for source in sources:
                         once = source.name.startswith("_") or source.name == "dispatch.cpp"
                         if level == "baseline" or not once:

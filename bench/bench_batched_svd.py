@@ -71,7 +71,7 @@ def _expected(case: Case) -> Answer:
     mask = p.selection.mask.double()
 
     def function(A: Tensor, B: Tensor) -> Tensor:
-        return reference.schatten_factored_masked(A, B, mask, case.p, EPS)
+        return reference.schatten_factored_masked(A, B, mask, case.p, EPS, False)[0]
 
     return reference_in_float64(function, (p.Ats[0].mT, p.Bs[0]), _ones(p))
 
@@ -82,7 +82,7 @@ CONTENDERS = {"upstream": _upstream, "torch": _torch}
 @grid(lambda case: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda case: (FORWARD, BOTH))
 def bench_batched_svd(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
-    args = (p.Ats[0].mT, p.Bs[0], p.selection.counts, case.p, EPS, case.batch)
+    args = (p.Ats[0].mT, p.Bs[0], p.selection.counts, case.p, EPS, case.batch, direction == BOTH)
     skip_if_refused(OP, contender, args)
     n_factors = p.Ats[0].numel() + p.Bs[0].numel()
     compete(

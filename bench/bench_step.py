@@ -92,7 +92,7 @@ def _fastapd(p: Problem, method: APD) -> Runner:
     def found(step: Any) -> Found:
         losses = [step.total, *(step.terms[name] for name in TERMS)]
         grads = [_gradient(components.At["linear1"]).mT, _gradient(components.B["linear1"])]
-        return Found(losses, step.selection.mask, grads)
+        return Found(losses, step.mask, grads)
 
     return Runner(lambda: train_step(model, method, optimiser, 0.0, p.x), found)
 
