@@ -52,10 +52,10 @@ def bench_table() -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            f"CPU time of one thread, {machine['dtype']}, {machine['cpu']['brand_raw']}, torch {machine['torch']}; same",
-            "inputs, agreement of losses, masks and gradients asserted first. The research formulation is our rewriting",
-            "of what the APD repository computes; plain torch is the fastest formulation we know, written by hand for",
-            f"this model. From `bench/results/{path.name}`, where every operation stands too.",
+            f"CPU time of one thread, {machine['dtype']}, {machine['cpu']['brand_raw']}, torch {machine['torch']};",
+            "same inputs, agreement of losses, masks and gradients asserted first. The research formulation is our",
+            "rewriting of what the APD repository computes; plain torch is the fastest formulation we know, written by",
+            f"hand for this model. From `bench/results/{path.name}`, where every operation stands too.",
         ]
     )
 

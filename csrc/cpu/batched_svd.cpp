@@ -38,10 +38,10 @@ inline double largest(const T* a, int64_t n) {
 
 // A power of two near 1 / most, so that squares neither overflow nor vanish; 1 for zero, infinite or NaN factors.
 inline double balance(double most) {
-  if (!(most > 0) || !(most < 1e308)) return 1;
-  int exponent;
+  if (!(most > 0) || !(most <= __DBL_MAX__)) return 1;
+  int exponent;  // of a denormal it is below -1023: its reciprocal would be infinite
   __builtin_frexp(most, &exponent);
-  return __builtin_ldexp(1.0, exponent > 1000 ? -1000 : -exponent);
+  return __builtin_ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
 }
 
 // Rows f [m, d] times scale = R^T Q with orthonormal (or zero) rows of q [m, d]; R[i * m + j] is upper triangular.

@@ -52,11 +52,12 @@ inline int worth(int64_t work, int threads) {
   return work > 200000 ? threads : 1;
 }
 
-// A workspace of n values, freed with its owner; null when there is no memory.
+// A workspace of n values, freed with its owner; null when there is no memory, and only then. Exactly n, so that the
+// address sanitizer sees a step beyond them.
 template <class T>
 struct Workspace {
   explicit Workspace(int64_t n)
-      : data(static_cast<T*>(__builtin_malloc(sizeof(T) * static_cast<std::size_t>(n + 1)))) {}
+      : data(static_cast<T*>(__builtin_malloc(n > 0 ? sizeof(T) * static_cast<std::size_t>(n) : 1))) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { __builtin_free(data); }

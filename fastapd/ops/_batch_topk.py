@@ -113,8 +113,24 @@ def _batch_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
     return _grouped_fake(scores, n_pairs)
 
 
+def _check_counts(scores: Tensor, counts: Tensor) -> None:
+    op = "batch_topk"
+    if counts.layout != torch.strided:
+        raise TypeError(f"{op}: K must be a dense tensor, got layout {counts.layout}; call .to_dense()")
+    if counts.dtype != torch.int64:
+        raise TypeError(f"{op}: K must be an int or an int64 tensor, got {counts.dtype}")
+    if counts.device != scores.device:
+        raise ValueError(f"{op}: K must be on the device of scores, {scores.device}, got {counts.device}")
+    if counts.shape != scores.shape[:1]:
+        raise ValueError(
+            f"{op}: K, a tensor, must have shape [n_instances] for scores {_check.shape(scores)}, "
+            f"got {_check.shape(counts)}"
+        )
+
+
 def _counts_fake(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
     _check_topk("batch_topk", scores, capacity, per_sample=False)
+    _check_counts(scores, counts)
     return _grouped_fake(scores, capacity)
 
 
@@ -147,8 +163,8 @@ def batch_topk(scores: Float[Tensor, "*I b C"], K: int | Int[Tensor, " I"]) -> S
         The `Selection`; `selection.mask` is the bool [.., batch, n_components].
 
     Raises:
-        ValueError: If K is out of range or the shape is wrong.
-        TypeError: If K is not an int or scores is not floating.
+        ValueError: If K is out of range or a shape or device is wrong.
+        TypeError: If K is neither an int nor an int64 tensor, or scores is not floating.
 
     Numerics: exact. Ties go to the lowest flat index (sample-major); -0 equals +0; NaN counts as largest.
     Gradient: none; the selection is a constant.
@@ -169,11 +185,7 @@ def _batch_topk_each(scores: Tensor, counts: Tensor) -> Selection:
     op = "batch_topk"
     if not _check_topk(op, scores, 0, per_sample=False):
         raise ValueError(f"{op}: scores must have a leading n_instances when K is a tensor, got {_check.shape(scores)}")
-    if counts.dtype != torch.int64 or counts.shape != scores.shape[:1] or counts.device != scores.device:
-        raise ValueError(
-            f"{op}: K must be an int or an int64 tensor [n_instances] on the device of scores {_check.shape(scores)}, "
-            f"got {counts.dtype} {_check.shape(counts)} on {counts.device}"
-        )
+    _check_counts(scores, counts)
     values = counts.tolist()
     for value in values:
         _check_topk(op, scores, value, per_sample=False)

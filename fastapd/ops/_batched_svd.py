@@ -88,12 +88,15 @@ def _check_schatten(op: str, A: Tensor, B: Tensor, weights: Tensor, p: float, ep
     instances = _check.factors(op, A, B)
     _check.exponent(op, p)
     _check.epsilon(op, eps)
+    name, wanted = ("counts", "integers") if op == "schatten" else ("weights", "integer counts or a float mask")
     if not isinstance(weights, Tensor):
-        raise TypeError(f"{op}: weights must be a torch.Tensor, got {type(weights).__name__}")
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(weights).__name__}")
     if weights.dtype == torch.bool:
-        raise TypeError(f"{op}: weights must be integer counts or a float mask, got torch.bool; use mask.sum(-2)")
+        raise TypeError(f"{op}: {name} must be {wanted}, got torch.bool; use mask.sum(-2)")
+    if weights.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {weights.layout}; call .to_dense()")
     if weights.device != A.device:
-        raise ValueError(f"{op}: weights must be on the device of A, {A.device}, got {weights.device}")
+        raise ValueError(f"{op}: {name} must be on the device of A, {A.device}, got {weights.device}")
     leading = tuple(A.shape[:-2])  # [.., C]
     if weights.is_floating_point():
         _check.tensors(op, A=A, weights=weights)
@@ -106,14 +109,14 @@ def _check_schatten(op: str, A: Tensor, B: Tensor, weights: Tensor, p: float, ep
             raise ValueError(f"{op}: batch must be None with a float mask, which has its own batch axis, got {batch}")
     else:
         if weights.dtype.is_complex:
-            raise TypeError(f"{op}: weights must be integer counts or a float mask, got {weights.dtype}")
+            raise TypeError(f"{op}: {name} must be {wanted}, got {weights.dtype}")
         if tuple(weights.shape) != leading:
+            what = name if op == "schatten" else f"{name}, integer counts,"
             raise ValueError(
-                f"{op}: weights, integer counts, must have shape [.., n_components] for A {_check.shape(A)}, "
-                f"got {_check.shape(weights)}"
+                f"{op}: {what} must have shape [.., n_components] for A {_check.shape(A)}, got {_check.shape(weights)}"
             )
         if batch is not None:
-            _check.whole(op, "batch", batch, 0, 2**62, "[0, 2**62]")
+            _check.whole(op, "batch", batch, 0, 2**53, "[0, 2**53]")  # exact in float64
     return instances
 
 

@@ -6,7 +6,7 @@ so a check that lives only there would let a wrong shape read out of bounds.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -81,26 +81,31 @@ def factors(op: str, A: Any, B: Any, names: tuple[str, str] = ("A", "B")) -> boo
     return instances
 
 
+def _shown(value: Any) -> Any:
+    """What a message says about a number: an int may have more digits than Python prints."""
+    return "an int beyond float64" if isinstance(value, int) and abs(value) > sys.float_info.max else value
+
+
 def whole(op: str, name: str, value: Any, low: int, high: int, range_text: str) -> None:
     """`value` is an int (not a bool) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__} {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"{op}: {name} must be in {range_text}, got {value}")
+        raise ValueError(f"{op}: {name} must be in {range_text}, got {_shown(value)}")
 
 
 def exponent(op: str, p: Any) -> None:
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"{op}: p must be a float, got {type(p).__name__} {p!r}")
-    if not (0 < p < math.inf):
-        raise ValueError(f"{op}: p must be in (0, inf), got {p}")
+    if not (0 < p <= sys.float_info.max):
+        raise ValueError(f"{op}: p must be in (0, inf), got {_shown(p)}")
 
 
 def epsilon(op: str, eps: Any) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__} {eps!r}")
-    if not (0 <= eps < math.inf):
-        raise ValueError(f"{op}: eps must be in [0, inf), got {eps}")
+    if not (0 <= eps <= sys.float_info.max):
+        raise ValueError(f"{op}: eps must be in [0, inf), got {_shown(eps)}")
 
 
 def no_gradient(op: str, name: str, t: Tensor, why: str) -> None:

@@ -13,17 +13,26 @@ CHUNK_ELEMENTS = 1 << 23
 """How many elements of `[b, C, m]` the float-mask form holds at once."""
 
 
-def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A = Q_A R_A and B^T = Q_B R_B, and the core X = R_A R_B^T with the singular values of A B; all in float64."""
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A = Q_A R_A and B^T = Q_B R_B, and the core X = R_A R_B^T with the singular values of A B; all in float64.
+
+    LAPACK's SVD refuses the whole batch over one value that is not finite: such a core comes back as zeros, and the
+    last result, [I, C, 1], is NaN for its component and zero for the others.
+    """
     Q_A, R_A = torch.linalg.qr(A.double())
     Q_B, R_B = torch.linalg.qr(B.double().mT)
-    return Q_A, R_A, Q_B, R_B, R_A @ R_B.mT
+    X = R_A @ R_B.mT
+    sound = X.isfinite().flatten(-2).all(-1)
+    poison = torch.zeros_like(sound, dtype=X.dtype).masked_fill(~sound, torch.nan).unsqueeze(-1)
+    return Q_A, R_A, Q_B, R_B, X.masked_fill(~sound[..., None, None], 0), poison
 
 
 def component_svdvals(A: Tensor, B: Tensor) -> Tensor:
     """Descending, padded with zeros to the rank."""
-    values = torch.linalg.svdvals(_core(A, B)[-1])
-    return torch.nn.functional.pad(values, (0, A.shape[-1] - values.shape[-1])).to(A.dtype)
+    *_, X, poison = _core(A, B)
+    values = torch.linalg.svdvals(X)
+    values = torch.nn.functional.pad(values, (0, A.shape[-1] - values.shape[-1]))
+    return (values + poison).to(A.dtype)
 
 
 def component_svdvals_backward(grad: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,9 +42,9 @@ def component_svdvals_backward(grad: Tensor, A: Tensor, B: Tensor) -> tuple[Tens
 
 def _factor_gradients(A: Tensor, B: Tensor, weight) -> tuple[Tensor, Tensor]:
     """Gradients of the factors when d loss / d sigma is `weight(sigma)`: no differences of singular values occur."""
-    Q_A, R_A, Q_B, R_B, X = _core(A, B)
+    Q_A, R_A, Q_B, R_B, X, poison = _core(A, B)
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    K = (U * weight(sigma).unsqueeze(-2)) @ Vh  # [I, C, k_A, k_B]
+    K = (U * weight(sigma).unsqueeze(-2)) @ Vh + poison.unsqueeze(-1)  # [I, C, k_A, k_B]
     grad_A = Q_A @ (K @ R_B)
     grad_Bt = Q_B @ (K.mT @ R_A)
     return grad_A.mT.to(A.dtype).contiguous(), grad_Bt.mT.to(B.dtype).contiguous()
@@ -56,8 +65,8 @@ def _weighted(counts: Tensor, values: Tensor) -> Tensor:
 
 def _off(counts: Tensor, rank: int, p: float, eps: float, batch: int) -> Tensor:
     """What the eps of the unused (sample, component) pairs contributes."""
-    unused = batch * counts.shape[-1] - counts.sum(-1)
-    return unused.double() * (rank * eps ** (p / 2))
+    off = torch.full((), eps, dtype=torch.float64, device=counts.device).pow(p / 2)
+    return ((batch - counts.double()) * (rank * off)).sum(-1)
 
 
 def schatten(

@@ -94,7 +94,8 @@ def component_forward_selected_backward(
             xs = torch.where(real[:, k, None], x[instance, s], 0)
             grad_At.index_add_(0, group, torch.einsum("nkm,nki->nkmi", gu, xs).flatten(0, 1))
         if need_B:
-            grad_B.index_add_(0, group, torch.einsum("nkm,nko->nkmo", u[:, k], gy).flatten(0, 1))
+            us = torch.where(real[:, k, None], u[:, k], 0)  # a backend may leave the padding of u unwritten
+            grad_B.index_add_(0, group, torch.einsum("nkm,nko->nkmo", us, gy).flatten(0, 1))
     return (
         grad_x.view(x.shape) if need_x else grad_x,
         grad_At.view(n_instances, n_components, rank, d_in) if need_A else grad_At,
