@@ -125,6 +125,12 @@ def batch_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     return source.scores(case), case.n_pairs
 
 
+def batch_topk_counts_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    most = case.batch * case.n_components
+    counts = [(case.n_pairs * (i + 2)) % (most + 1) for i in range(case.n_instances)]  # another number each
+    return source.scores(case), torch.tensor(counts, dtype=torch.int64, device=source.device)
+
+
 def sample_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     return source.scores(case), min(2, case.n_components)
 

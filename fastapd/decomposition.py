@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastapd.evaluation import Step, evaluate
 from fastapd.model import ComponentModel, Record
 from fastapd.ops import Selection
 
 if TYPE_CHECKING:
     from fastapd._rundir import RunDirectory
     from fastapd.config import APD
-    from fastapd.training import Step
 
 
 class Decomposition:
@@ -62,8 +62,6 @@ class Decomposition:
     @torch.no_grad()
     def select(self, x: Tensor) -> tuple[Step, Record]:
         """What the method selects on a batch (attributions, mask, counts), and the forward pass of it."""
-        from fastapd.training import evaluate
-
         step = evaluate(self.model, self.method, x)
         return step, self.model.forward(x, step.selection, step.always_on)
 

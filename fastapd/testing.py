@@ -1,8 +1,9 @@
 """Cases, inputs and tolerances shared by tests/ and bench/: what an op is given, and when its answer is close enough.
 
 The oracle is the reference in float64 on the same numbers. Its gradients come from autograd through the reference, not
-from the formulas in `fastapd.ops`, so those are tested too. Arguments of an op are those of its public function; the
-two forms of `schatten_factored` go by the names of their torch ops.
+from the formulas in `fastapd.ops`, so those are tested too; singular values come from the products, which neither
+backend forms. Arguments of an op are those of its public function; second forms of a public function
+(`schatten_factored` with a mask, `batch_topk` with a tensor) go by the names of their torch ops.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def _reference_forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = No
 
 def _reference_selected(x: Tensor, A: Tensor, B: Tensor, selection: ops.Selection) -> Tensor:
     return reference_forward.component_forward_selected(x, A, B, *selection)[0]
+
+
+def _reference_topk_counts(scores: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    return reference_topk.batch_topk_counts(scores, counts, max(counts.tolist(), default=0))
 
 
 def _reference_factored(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int | None = None) -> Tensor:
@@ -108,6 +113,8 @@ _OPS = {
         _terms_attribution),
     "batch_topk": _Op(
         ops.batch_topk, reference_topk.batch_topk, _cases.batch_topk_inputs, (), _terms_none),
+    "batch_topk_counts": _Op(
+        ops.batch_topk, _reference_topk_counts, _cases.batch_topk_counts_inputs, (), _terms_none),
     "sample_topk": _Op(
         ops.sample_topk, reference_topk.sample_topk, _cases.sample_topk_inputs, (), _terms_none),
     "schatten_factored": _Op(
@@ -122,7 +129,7 @@ _OPS = {
 # fmt: on
 
 OPS = tuple(_OPS)
-"""The names that `inputs`, `run` and the rest take: the public ops, and the second form of `schatten_factored`."""
+"""The names that `inputs`, `run` and the rest take: the public ops, and the second forms of two of them."""
 
 
 def cpu_backends(op: str) -> list[str]:
@@ -210,7 +217,7 @@ def reference(op: str, args: Sequence[Any], cotangents: list[Tensor] | None = No
     """The reference at the dtype of the arguments, called directly and differentiated by autograd."""
 
     def function(*args: Any) -> Any:
-        widest = 3 if op.endswith("topk") else 4
+        widest = 3 if "topk" in op else 4
         if max(t.dim() for t in tensors_of(args)) == widest:
             return _OPS[op].reference(*args)
         outputs = _OPS[op].reference(*map_tensors(lambda t: t.unsqueeze(0), list(args)))
@@ -230,7 +237,17 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
     if op == "component_sum_loss":  # which subtracts its target
         args = (*args[:2], -args[2])
     found = reference(op, args, cotangents)
-    return Answer([t.abs() for t in found.outputs], [t.abs() for t in found.grads])
+    outputs, grads = ([t.abs() for t in ts] for ts in found)
+    if op == "component_svdvals":
+        outputs = [_largest(t, -1) for t in outputs]
+    if op in ("component_svdvals", "schatten"):
+        grads = [_largest(t, -2, -1) for t in grads]
+    return Answer(outputs, grads)
+
+
+def _largest(t: Tensor, *axes: int) -> Tensor:
+    """Rotations mix the entries of a component: each is then known as well as the largest."""
+    return t.amax(axes, keepdim=True).expand_as(t) if t.numel() else t
 
 
 def _assert_close(what: str, got: Tensor, exact: Tensor, own: Tensor, bound: Tensor | None) -> None:

@@ -174,7 +174,7 @@ def forward_jobs(
             out = [poisoned(source.dtype, *shape) for shape in shapes]
             to = [address(o) if need else 0 for o, need in zip(out, needs, strict=True)]
             args = (*map(address, (grad_y, x, At, B, u)), addresses, address(grad_u), *to, sizes, threads)
-            return args, [o for o, need in zip(out, needs, strict=True) if need]
+            return args, [grad_u, *(o for o, need in zip(out, needs, strict=True) if need)]
 
         def backward_expected(needs: tuple = (need_x, need_A, need_B)) -> list[tuple[Array, float]]:
             values = [
@@ -182,7 +182,9 @@ def forward_jobs(
                 sized(sums("ibcr,ibd->icrd", g64, x), sums("ibcr,ibd->icrd", abs(g64) + g_size, abs(x))),
                 sized(sums("ibcr,ibd->icrd", u64, grad_y), sums("ibcr,ibd->icrd", abs(u64) + u_size, abs(grad_y))),
             ]
-            return [v for v, need in zip(values, needs, strict=True) if need]
+            wanted = d_in > 0 and ((needs[0] and I * b > 0) or (needs[1] and At.size > 0))
+            through = pairs(g64) if wanted else np.full((I, K, m), np.nan)
+            return [(through, g_size), *(v for v, need in zip(values, needs, strict=True) if need)]
 
         yield Job(source.name("component_forward_selected_backward"), label, backward, backward_expected)
 

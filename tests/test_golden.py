@@ -21,11 +21,12 @@ from fastapd.attributions import (
 )
 from fastapd.components import Components
 from fastapd.config import APD, Optimiser
+from fastapd.evaluation import Step, evaluate, select
 from fastapd.experiments.residual_mlp import ResidualMLP
 from fastapd.experiments.tms import TMS, sparse_features
 from fastapd.metrics import mmcs_ml2r
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import Step, evaluate, learning_rate, make_optimiser, select, train_step
+from fastapd.training import learning_rate, make_optimiser, train_step
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

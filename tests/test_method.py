@@ -11,10 +11,11 @@ from fastapd import losses, ops
 from fastapd.attributions import ablation_attributions, gradient_attributions
 from fastapd.components import Components
 from fastapd.config import APD, ConfigError, RunConfig, dump, loads, parse
+from fastapd.evaluation import evaluate, select
 from fastapd.experiments import get
 from fastapd.experiments.tms import TMS
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import evaluate, make_optimiser, select, train_step
+from fastapd.training import make_optimiser, train_step
 
 CPU_BACKENDS = ["cpu", "reference"]
 

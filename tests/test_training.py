@@ -16,9 +16,10 @@ from fastapd import APD, DivergedError, Optimiser, decompose, metrics, ops
 from fastapd._rundir import RunDirectory, load_tensors, read_metrics
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
+from fastapd.evaluation import evaluate, select
 from fastapd.experiments.tms import TMS, sparse_features
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import evaluate, learning_rate, make_optimiser, select, train_step
+from fastapd.training import learning_rate, make_optimiser, train_step
 
 METHOD = APD(topk=0.5, minimality=1.0, simplicity=0.1, p=1.0)
 OPTIMISER = Optimiser(lr=1e-2, schedule="cosine", warmup=0.1)

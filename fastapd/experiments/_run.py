@@ -16,10 +16,11 @@ from fastapd._rundir import RunDirectory, environment
 from fastapd.components import Components
 from fastapd.config import RunConfig
 from fastapd.decomposition import Decomposition
+from fastapd.evaluation import Step, evaluate, select
 from fastapd.experiments import family
 from fastapd.experiments._check import Check
 from fastapd.model import ComponentModel, find_sites
-from fastapd.training import Step, decompose, evaluate, select
+from fastapd.training import decompose
 
 
 class Outcome(NamedTuple):
@@ -61,9 +62,11 @@ def self_check(model: ComponentModel, config: RunConfig, x: torch.Tensor) -> str
     if any(not error <= limit for error in errors.values()):
         raise RuntimeError(f"self-check: backends must agree with the reference to {limit:.0e}, got {said}")
     # Rounding may select differently above; on the very same scores the choice is exact.
-    wrong = int((select(oracle.attributions, config.method).mask != oracle.selection.mask).sum())
-    if wrong:
-        raise RuntimeError(f"self-check: backends must agree with the reference, got {wrong} wrong pairs selected")
+    if oracle.selection is not None:
+        ranked = oracle.attributions[..., : oracle.selection.n_components]
+        wrong = int((select(ranked, config.method, x).mask != oracle.selection.mask).sum())
+        if wrong:
+            raise RuntimeError(f"self-check: backends must agree with the reference, got {wrong} wrong pairs selected")
     return f"backends against the reference: {said}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -29,6 +30,8 @@ def tensors(op: str, **arguments: Any) -> None:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {t.layout}; call .to_dense()")
         if t.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+        if unpack_dual(t).tangent is not None:  # no op has a forward-mode formula: torch would make the result constant
+            raise NotImplementedError(f"{op}: {name} must not carry a tangent, as forward-mode AD is not supported")
         if first is None:
             first_name, first = name, t
         elif t.dtype != first.dtype:

@@ -1,4 +1,7 @@
-"""schatten_factored: sums of ‖a_i‖^p ‖b_i‖^p from the factors, with counts and with a float mask."""
+"""Schatten sums, exact and from column lengths, and singular values: what the four ops of the stem have in common.
+
+How exact the exact ones are is in test_batched_svd_accuracy.py.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ import re
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
-from fastapd import ops, testing
+from fastapd import backends, ops, testing
 
-COUNTS, MASKED = "schatten_factored", "schatten_factored_masked"
+EXACT, COUNTS, MASKED, VALUES = OPS = ("schatten", "schatten_factored", "schatten_factored_masked", "component_svdvals")
 TINY = testing.Case("tiny", 2, 3, 2, 2, 3, 2, n_outputs=0)
-both = pytest.mark.parametrize("op, backend", testing.pairs(COUNTS, MASKED), indirect=["backend"])
+# each op shares its components among threads
+LARGE = testing.Case("large", 2, 100, 40, 8, 64, 48, n_outputs=0, k=3.0)
+every = pytest.mark.parametrize("op, backend", testing.pairs(*OPS), indirect=["backend"])
+sums = pytest.mark.parametrize("op, backend", testing.pairs(EXACT, COUNTS, MASKED), indirect=["backend"])
+counted = pytest.mark.parametrize("op, backend", testing.pairs(EXACT, COUNTS), indirect=["backend"])
+factored = pytest.mark.parametrize("op, backend", testing.pairs(COUNTS, MASKED), indirect=["backend"])
 
 
 def with_gradients(op: str, args: tuple) -> testing.Answer:
@@ -22,14 +30,14 @@ def with_gradients(op: str, args: tuple) -> testing.Answer:
 
 def of_floats(op: str, args: tuple):
     """The public op as a function of its differentiable arguments, and those as leaves."""
-    n = 2 if op == COUNTS else 3
-    return lambda *floats: ops.schatten_factored(*floats, *args[n:]), [t.detach().requires_grad_() for t in args[:n]]
+    n, public = (3, COUNTS) if op == MASKED else (2, op)
+    return lambda *floats: getattr(ops, public)(*floats, *args[n:]), [t.detach().requires_grad_() for t in args[:n]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", testing.CASES)
-@both
-def test_schatten_factored_matches_the_reference(op, backend, case, dtype):
+@every
+def test_schatten_matches_the_reference(op, backend, case, dtype):
     args = testing.inputs(op, case, dtype)
     cotangents = testing.random_cotangents(testing.run(op, args).outputs)
     outputs, grads = testing.run(op, args, cotangents)
@@ -38,8 +46,8 @@ def test_schatten_factored_matches_the_reference(op, backend, case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [1e-3, 0.5, 1, 1.5, 2, 3.0])
-@both
-def test_schatten_factored_takes_any_p(op, backend, p, dtype):
+@sums
+def test_schatten_takes_any_p(op, backend, p, dtype):
     A, B, weights, _, eps, *batch = testing.inputs(op, "odd", dtype)
     args = (A, B, weights, p, eps, *batch)
     cotangents = testing.random_cotangents(testing.run(op, args).outputs)
@@ -48,35 +56,49 @@ def test_schatten_factored_takes_any_p(op, backend, p, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@both
-def test_schatten_factored_takes_half_precision(op, backend, dtype):
-    A, B, weights, p, _, *batch = testing.inputs(op, "single", dtype)
-    args = (A, B, weights, p, 1e-4, *batch)
-    testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+@pytest.mark.parametrize("op", OPS)
+def test_schatten_takes_half_precision(op, dtype):
+    args = testing.inputs(op, "single", dtype)
+    if op != VALUES:
+        A, B, weights, p, _, *batch = args
+        args = (A, B, weights, p, 1e-4, *batch)
+    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+    outputs, grads = testing.run(op, args, cotangents)
+    assert {t.dtype for t in (*outputs, *grads)} == {dtype}
+    testing.assert_matches_reference(op, outputs, args, "auto", grads=grads, cotangents=cotangents)
+    reason = re.escape(f"cpu: the CPU kernels take float32 and float64, not {dtype};")
+    with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match=f"^{op}: .*{reason}"):
+        testing.run(op, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
-def test_schatten_factored_takes_counts_of_any_integer(dtype):
-    A, B, counts, p, eps, batch = testing.inputs(COUNTS, "tms")
-    testing.assert_bit_equal(
-        ops.schatten_factored(A, B, counts.to(dtype), p, eps, batch), ops.schatten_factored(A, B, counts, p, eps, batch)
-    )
+@counted
+def test_schatten_takes_counts_of_any_integer(op, backend, dtype):
+    A, B, counts, p, eps, batch = testing.inputs(op, "tms")
+    counts[0, 2] = 0
+    wanted = with_gradients(op, (A, B, counts, p, eps, batch))
+    testing.assert_bit_equal(with_gradients(op, (A, B, counts.to(dtype), p, eps, batch)), wanted)
 
 
-@both
-def test_schatten_factored_passes_gradcheck(op, backend):
+@every
+def test_schatten_passes_gradcheck(op, backend):
     function, floats = of_floats(op, testing.inputs(op, TINY, torch.float64))
     assert gradcheck(function, floats)
 
 
-@both
-def test_schatten_factored_is_twice_differentiable(op, backend):
+@every
+def test_schatten_refuses_a_second_derivative(op, backend):
     function, floats = of_floats(op, testing.inputs(op, TINY, torch.float64))
-    assert gradgradcheck(function, floats)
+    name = COUNTS if op == MASKED else op
+    wanted = f"{name}: a second derivative is not computed; call backward without create_graph=True"
+    with pytest.raises(NotImplementedError, match=re.escape(wanted) + "$"):
+        torch.autograd.grad(function(*floats).sum(), floats, create_graph=True)
+    with pytest.raises(NotImplementedError, match=re.escape(wanted) + "$"):
+        gradcheck(lambda *t: torch.autograd.grad(function(*t).sum(), t, create_graph=True), floats)
 
 
-@both
-def test_schatten_factored_gradient_goes_only_where_asked(op, backend):
+@every
+def test_schatten_gradient_goes_only_where_asked(op, backend):
     args = testing.inputs(op, "odd", torch.float64)
     everything = with_gradients(op, args).grads
     for wanted in range(1, 2 ** len(everything)):
@@ -91,15 +113,19 @@ def test_schatten_factored_gradient_goes_only_where_asked(op, backend):
                 testing.assert_bit_equal(t.grad, grad)
 
 
-@both
-def test_schatten_factored_passes_opcheck(op, backend):
+@every
+def test_schatten_passes_opcheck(op, backend):
     args = testing.inputs(op, TINY, torch.float64)
     _, floats = of_floats(op, args)
-    torch.library.opcheck(getattr(torch.ops.fastapd, op), (*floats, *args[len(floats) :]))
+    torch_op = getattr(torch.ops.fastapd, op)
+    if op == VALUES:
+        return torch.library.opcheck(torch_op, floats)
+    torch.library.opcheck(torch_op, (*floats, *args[len(floats) :], True))
+    torch.library.opcheck(torch_op, (*args, False))
 
 
-@pytest.mark.parametrize("op", [COUNTS, MASKED])
-def test_schatten_factored_compiles_to_one_graph(op):
+@pytest.mark.parametrize("op", OPS)
+def test_schatten_compiles_to_one_graph(op):
     args = testing.inputs(op, "rank1")
     cotangents = testing.random_cotangents(testing.run(op, args).outputs)
     wanted = testing.run(op, args, cotangents)
@@ -109,21 +135,21 @@ def test_schatten_factored_compiles_to_one_graph(op):
     testing.assert_bit_equal([total, *(t.grad for t in floats)], [*wanted.outputs, *wanted.grads])
 
 
-@both
-def test_schatten_factored_needs_no_instance_axis(op, backend):
+@every
+def test_schatten_needs_no_instance_axis(op, backend):
     args = testing.inputs(op, "odd", torch.float64)
     one = testing.map_tensors(lambda t: t[0], args)
     cotangents = testing.random_cotangents(testing.run(op, one).outputs)
     outputs, grads = testing.run(op, one, cotangents)
-    assert outputs[0].shape == ()
+    assert outputs[0].shape == (args[0].shape[1::2] if op == VALUES else ())
     testing.assert_matches_reference(op, outputs, one, backend, grads=grads, cotangents=cotangents)
     first = testing.run(op, testing.map_tensors(lambda t: t[:1], args), [c.unsqueeze(0) for c in cotangents])
     testing.assert_bit_equal((outputs, grads), testing.map_tensors(lambda t: t[0], tuple(first)))
 
 
 @pytest.mark.parametrize("view", testing.VIEWS)
-@both
-def test_schatten_factored_takes_any_strides(op, backend, view):
+@every
+def test_schatten_takes_any_strides(op, backend, view):
     args = testing.inputs(op, "odd")
     cotangents = testing.random_cotangents(testing.run(op, args).outputs)
     found = testing.run(op, testing.map_tensors(testing.VIEWS[view], args), cotangents)
@@ -131,8 +157,8 @@ def test_schatten_factored_takes_any_strides(op, backend, view):
     testing.assert_matches_reference(op, found.outputs, args, backend, grads=found.grads, cotangents=cotangents)
 
 
-@both
-def test_schatten_factored_takes_expanded_tensors(op, backend):
+@every
+def test_schatten_takes_expanded_tensors(op, backend):
     expanded = testing.map_tensors(lambda t: t[:1].expand(3, *t.shape[1:]), testing.inputs(op, "odd"))
     dense = testing.map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), expanded)
     cotangents = [t.new_ones(()).expand_as(t) for t in testing.run(op, expanded).outputs]
@@ -140,25 +166,25 @@ def test_schatten_factored_takes_expanded_tensors(op, backend):
     testing.assert_matches_reference(op, outputs, dense, backend, grads=grads, cotangents=cotangents)
 
 
-@both
-def test_schatten_factored_leaves_its_inputs_alone(op, backend):
+@every
+def test_schatten_leaves_its_inputs_alone(op, backend):
     args = testing.inputs(op, "tms_40")
     before = testing.map_tensors(torch.clone, args)
     with_gradients(op, args)
     testing.assert_bit_equal(args, before)
 
 
-@both
-def test_schatten_factored_repeats_bit_for_bit(op, backend):
+@every
+def test_schatten_repeats_bit_for_bit(op, backend):
     args = testing.inputs(op, "odd")
     first = with_gradients(op, args)
-    for _ in range(20):
+    for _ in range(100):
         testing.assert_bit_equal(with_gradients(op, args), first)
 
 
 @pytest.mark.parametrize("empty", ["n_instances", "batch", "n_components", "rank", "d_in", "d_out"])
-@both
-def test_schatten_factored_of_empty_axes_is_defined(op, backend, empty):
+@every
+def test_schatten_of_empty_axes_is_defined(op, backend, empty):
     sizes = {"n_instances": 2, "batch": 3, "n_components": 3, "rank": 2, "d_in": 4, "d_out": 5} | {empty: 0}
     k = 0.0 if empty == "n_components" else 1.0
     args = testing.inputs(op, testing.Case("", n_outputs=0, k=k, **sizes), torch.float64)
@@ -167,20 +193,45 @@ def test_schatten_factored_of_empty_axes_is_defined(op, backend, empty):
     testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
 
 
-@both
-def test_schatten_factored_propagates_nan_to_its_instance(op, backend):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@every
+def test_schatten_keeps_a_nan_in_its_component(op, backend, value):
     args = testing.inputs(op, "odd")
-    clean = testing.run(op, args).outputs[0]
-    args[0][0, 3, 2, 1] = torch.nan
-    found = testing.run(op, args).outputs[0]
-    assert found[0].isnan()
-    testing.assert_bit_equal(found[1], clean[1])
+    clean = with_gradients(op, args)
+    args[0][0, 3, 2, 1] = value
+    (found,), grads = with_gradients(op, args)
+    if op == VALUES:
+        assert found[0, 3].isnan().all()
+        found[0, 3] = clean.outputs[0][0, 3]
+    else:
+        assert not found[0].isfinite()
+        found[0] = clean.outputs[0][0]
+    testing.assert_bit_equal(found, clean.outputs[0])
+    for grad, wanted in zip(grads[:2], clean.grads, strict=False):
+        assert not grad[0, 3].isfinite().all()
+        grad[0, 3] = wanted[0, 3]
+        testing.assert_bit_equal(grad, wanted)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@counted
+def test_schatten_of_an_unused_component_is_nothing_whatever_it_holds(op, backend, value):
+    A, B, counts, *rest = testing.inputs(op, "odd")
+    counts[0, 3], counts[1, :] = 0, 0
+    clean = with_gradients(op, (A, B, counts, *rest))
+    A[0, 3], B[0, 3, 1] = value, value
+    A[1, 5], B[1, 6] = value, value
+    found = with_gradients(op, (A, B, counts, *rest))
+    testing.assert_bit_equal(found, clean)
+    assert found.outputs[0].isfinite().all()
+    for grad in found.grads:
+        assert not grad[0, 3].any() and not grad[1].any()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-16])
 @pytest.mark.parametrize("p", [0.5, 0.9, 1.0, 2.0])
-@both
-def test_schatten_factored_of_a_zero_component_has_a_finite_gradient(op, backend, p, eps):
+@sums
+def test_schatten_of_a_zero_component_has_a_finite_gradient(op, backend, p, eps):
     A, B, weights, *_ = testing.inputs(op, "odd", torch.float64)
     A[:, 2], B[:, 2] = 0, 0
     A[:, 3] = 0
@@ -193,31 +244,58 @@ def test_schatten_factored_of_a_zero_component_has_a_finite_gradient(op, backend
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e-5, 1e4, 1e9])
-@both
-def test_schatten_factored_at_scales_whose_fourth_power_is_representable(op, backend, scale):
-    A, B, weights, p, eps, *_ = testing.inputs(op, "odd")
-    args = (A * scale, B, weights, p, eps)
-    testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+SCALES = [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e18, 1e30]
 
 
-@pytest.mark.xfail(strict=True, reason="|a|^2 |b|^2 overflows in float32 where its power p / 2 would be representable")
-@both
-def test_schatten_factored_at_any_scale_that_float64_can_represent(op, backend):
-    A, B, weights, p, eps, *_ = testing.inputs(op, "odd")
-    args = (A * 1e12, B * 1e12, weights, p, eps)
-    testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+@pytest.mark.parametrize("scale_B", SCALES)
+@pytest.mark.parametrize("scale_A", SCALES)
+@sums
+def test_schatten_at_any_scale_that_float64_can_represent(op, backend, scale_A, scale_B):
+    A, B, weights, p, eps, *_ = testing.inputs(op, "rank1" if op == EXACT else "odd")
+    args = (A * scale_A, B * scale_B, weights, p, eps)
+    cotangents = [t.new_ones(t.shape) for t in testing.run(op, args).outputs]
+    exact = testing.oracle(op, args, cotangents)
+    outputs, grads = testing.run(op, args, cotangents)
+    testing.assert_matches_reference(op, outputs, args, backend)
+    for got, wanted in zip(grads, exact.grads, strict=True):
+        sound = (wanted.abs() <= 3e38) & (wanted.abs() >= 1e-37)  # neither infinite nor denormal in float32
+        assert sound.any() or wanted.abs().max() > 3e38 or wanted.abs().max() < 1e-37
+        torch.testing.assert_close(got[sound].double(), wanted[sound], rtol=1e-5, atol=0)
+        assert got[wanted.abs() <= 3e38].isfinite().all()
 
 
-@both
-def test_schatten_factored_does_not_depend_on_the_order_of_components(op, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_schatten_is_independent_of_threads(backend, op, dtype, threads):
+    args = testing.inputs(op, LARGE, dtype)
+    threads(1)
+    alone = with_gradients(op, args)
+    for n in (2, 3):
+        threads(n)
+        testing.assert_bit_equal(with_gradients(op, args), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("cpu_level", ["baseline", "avx2", "avx512"], indirect=True)
+def test_schatten_at_every_level(cpu_level, op, dtype):
+    for case in ("tms", "odd", "wide"):
+        args = testing.inputs(op, case, dtype)
+        cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+        outputs, grads = testing.run(op, args, cotangents)
+        testing.assert_matches_reference(op, outputs, args, f"cpu {cpu_level}", grads=grads, cotangents=cotangents)
+
+
+@sums
+def test_schatten_does_not_depend_on_the_order_of_components(op, backend):
     A, B, weights, p, eps, *batch = testing.inputs(op, "odd", torch.float64)
     turned = (A.flip(1), B.flip(1), weights.flip(-1), p, eps, *batch)
-    wanted = ops.schatten_factored(A, B, weights, p, eps, *batch)
-    torch.testing.assert_close(ops.schatten_factored(*turned), wanted, rtol=1e-13, atol=0)
+    public = ops.schatten if op == EXACT else ops.schatten_factored
+    torch.testing.assert_close(public(*turned), public(A, B, weights, p, eps, *batch), rtol=1e-13, atol=0)
 
 
-def test_schatten_factored_of_counts_is_that_of_the_mask_they_count():
+def test_schatten_of_counts_is_that_of_the_mask_they_count():
     x, A, B, selection = testing.inputs("component_forward_selected", "resid", torch.float64)
     mask = selection.mask.double()
     torch.testing.assert_close(
@@ -228,15 +306,26 @@ def test_schatten_factored_of_counts_is_that_of_the_mask_they_count():
     )
 
 
-def test_schatten_factored_adds_the_constant_of_unused_components_when_asked():
-    A, B, counts, p, _, batch = testing.inputs(COUNTS, "tms", torch.float64)
+@counted
+def test_schatten_adds_the_constant_of_unused_components_when_asked(op, backend):
+    A, B, counts, p, _, batch = testing.inputs(op, "tms", torch.float64)
     unused = batch * A.shape[1] - counts.sum(-1)
-    with_constant = ops.schatten_factored(A, B, counts, p, 1e-4, batch)
-    without = ops.schatten_factored(A, B, counts, p, 1e-4)
+    public = getattr(ops, op)
+    with_constant, without = public(A, B, counts, p, 1e-4, batch), public(A, B, counts, p, 1e-4)
     torch.testing.assert_close(with_constant - without, unused.double() * 3 * 1e-4 ** (p / 2), rtol=1e-9, atol=0)
 
 
-def test_schatten_factored_is_the_true_sum_for_orthogonal_factors_and_bounds_it_for_p_of_one():
+@counted
+def test_schatten_takes_the_largest_batch_and_exponent(op, backend):
+    A, B, counts, *_ = testing.inputs(op, "odd", torch.float64)
+    unused = 2.0**53 * A.shape[1] - counts.sum(-1)
+    found = getattr(ops, op)(A, B, counts, 1.0, 1e-4, 2**53)
+    torch.testing.assert_close(found, unused * 7 * 1e-2, rtol=1e-12, atol=0)
+    assert getattr(ops, op)(A, B, counts, 1e308, 2.0, 37).isinf().all()
+    assert not getattr(ops, op)(A / 1e3, B, counts, 1e308, 1e-4, 37).any()
+
+
+def test_schatten_is_the_true_sum_for_orthogonal_factors_and_bounds_it_for_p_of_one():
     A, B, counts, *_ = testing.inputs(COUNTS, "odd", torch.float64)
     ones = torch.ones_like(counts)
     values = torch.linalg.svdvals(A @ B)
@@ -267,7 +356,16 @@ REFUSED = [
     *[(ValueError, (A, B, N, 1.0, eps), f"eps must be in [0, inf), got {eps}") for eps in (-1e-9, math.inf, math.nan)],
     (TypeError, (A, B, N, 1.0, None), "eps must be a float, got NoneType None"),
     (ValueError, (A, B, M, 1.0, 0.0, 6), "batch must be None with a float mask, which has its own batch axis, got 6"),
-    (ValueError, (A, B, N, 1.0, 0.0, -1), "batch must be in [0, 2**62], got -1"),
+    (ValueError, (A, B, N, 1.0, 0.0, -1), "batch must be in [0, 2**53], got -1"),
+    *[(ValueError, (A, B, N, 1.0, 0.0, n), f"batch must be in [0, 2**53], got {n}") for n in (2**53 + 1, 2**62, 2**64)],
+    (ValueError, (A, B, N, 1.0, 0.0, 10**400), "batch must be in [0, 2**53], got an int beyond float64"),
+    (ValueError, (A, B, N, 10**400), "p must be in (0, inf), got an int beyond float64"),
+    (ValueError, (A, B, N, -(10**5000)), "p must be in (0, inf), got an int beyond float64"),
+    (ValueError, (A, B, N, 1.0, 10**400), "eps must be in [0, inf), got an int beyond float64"),
+    (TypeError, (A, B, N.to_sparse(), 1.0), "weights must be a dense tensor, got layout torch.sparse_coo; call "
+     ".to_dense()"),
+    (TypeError, (A, B, M.to_sparse(), 1.0), "weights must be a dense tensor, got layout torch.sparse_coo; call "
+     ".to_dense()"),
     (TypeError, (A, B, N, 1.0, 0.0, 6.0), "batch must be an int, got float 6.0"),
     (TypeError, (A, B, N, 1.0, 0.0, True), "batch must be an int, got bool True"),
     (TypeError, (A, B, N.bool(), 1.0), "weights must be integer counts or a float mask, got torch.bool; use "
@@ -287,19 +385,41 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("error, arguments, message", REFUSED, ids=[message[:40] for *_, message in REFUSED])
-def test_schatten_factored_refuses(error, arguments, message):
+def test_schatten_refuses(error, arguments, message):
     with pytest.raises(error, match=re.escape(f"schatten_factored: {message}") + "$"):
         ops.schatten_factored(*arguments)
 
 
-def epsilon_outside_the_power(right, A, B, weights, p, eps, *batch):
-    return right(A, B, weights, p, 0.0, *batch) + eps ** (p / 2)
+EXACT_REFUSED = [
+    (TypeError, (A, B, M, 1.0), "counts must be integers, got torch.float32; a float mask goes to schatten_factored"),
+    (TypeError, (A, B, N.bool(), 1.0), "counts must be integers, got torch.bool; use mask.sum(-2)"),
+    (TypeError, (A, B, N.cfloat(), 1.0), "counts must be integers, got torch.complex64"),
+    (TypeError, (A, B, N.to_sparse(), 1.0), "counts must be a dense tensor, got layout torch.sparse_coo; call "
+     ".to_dense()"),
+    (TypeError, (A, B, None, 1.0), "counts must be a torch.Tensor, got NoneType"),
+    (ValueError, (A, B, N.to("meta"), 1.0), "counts must be on the device of A, cpu, got meta"),
+    (ValueError, (A, B, N[0], 1.0), f"counts must have shape [.., n_components] for {FACTORS}, got [3]"),
+    (ValueError, (A, B, N, 0.0), "p must be in (0, inf), got 0.0"),
+    (ValueError, (A, B, N, 1.0, -1.0), "eps must be in [0, inf), got -1.0"),
+    (ValueError, (A, B, N, 1.0, 0.0, 2**62), f"batch must be in [0, 2**53], got {2**62}"),
+    (ValueError, (A, B[:1], N, 1.0), "A and B must share n_instances, got A [2, 3, 4, 2] and B [1, 3, 2, 5]"),
+]  # fmt: skip
+VALUES_REFUSED = [
+    (ValueError, (A[0, 0], B), "A must have shape [n_components, d_in, rank] or [n_instances, n_components, d_in, "
+     "rank], got [4, 2]"),
+    (ValueError, (A, B[:, :, :1]), "A and B must share rank, got A [2, 3, 4, 2] and B [2, 3, 1, 5]"),
+    (TypeError, (A, B.double()), "B must have the dtype of A, torch.float32, got torch.float64"),
+    (TypeError, (A.long(), B), "A must be float32, float64, float16 or bfloat16, got torch.int64"),
+    (ValueError, (A, B.to("meta")), "B must be on the device of A, cpu, got meta"),
+    (TypeError, (A.to_sparse(), B), "A must be a dense tensor, got layout torch.sparse_coo; call .to_dense()"),
+    (TypeError, (A, B.tolist()), "B must be a torch.Tensor, got list"),
+]  # fmt: skip
 
 
-@both
-def test_schatten_factored_planted_error_is_found(op, backend, plant):
-    A, B, weights, p, _, *batch = testing.inputs(op, "odd")
-    args = (A, B, weights, p, 1e-2, *batch)
-    plant(op, backend, epsilon_outside_the_power)
-    with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
-        testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+@pytest.mark.parametrize(
+    "op, error, arguments, message",
+    [(op, *row) for op, rows in ((EXACT, EXACT_REFUSED), (VALUES, VALUES_REFUSED)) for row in rows],
+)
+def test_schatten_and_svdvals_refuse(op, error, arguments, message):
+    with pytest.raises(error, match=re.escape(f"{op}: {message}") + "$"):
+        getattr(ops, op)(*arguments)

@@ -1,0 +1,164 @@
+"""One batch through the method: attributions, selection, and every term of the loss.
+
+Nothing differentiates into the target. In top-k form nothing differentiates through attributions either, so they are
+taken without a graph; the forward pass of all components runs only when a loss or the attribution asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastapd import losses
+from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions
+from fastapd.model import ComponentModel, Record
+from fastapd.ops import Selection, batch_topk, sample_topk
+
+if TYPE_CHECKING:
+    from fastapd.config import APD
+
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(output, target's output) -> one value an instance, or a scalar."""
+
+
+class Step(NamedTuple):
+    """What one evaluation of the losses found."""
+
+    total: Tensor
+    """The weighted sum of the terms, averaged over instances: what is differentiated."""
+    terms: dict[str, Float[Tensor, " I"]]
+    """Each term before its coefficient, one value an instance."""
+    attributions: Float[Tensor, "I b C"]
+    selection: Selection | None
+    """Of the ranked components; None in the Lp form, where all are on."""
+    always_on: int
+    """How many components, the last ones, are on for every sample and not ranked."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Which components are on, bool [n_instances, batch, C]."""
+        if self.selection is None:
+            return torch.ones_like(self.attributions, dtype=torch.bool)
+        return torch.nn.functional.pad(self.selection.mask, (0, self.always_on), value=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many samples use each component, [n_instances, C]."""
+        batch = self.attributions.shape[1]
+        if self.selection is None:
+            return torch.full_like(self.attributions[:, 0], batch, dtype=torch.int64)
+        return torch.nn.functional.pad(self.selection.counts, (0, self.always_on), value=batch)
+
+
+def select(attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None = None) -> Selection:
+    """The selection that the method makes among ranked components.
+
+    Args:
+        attributions: Of the components that are ranked.
+        method: `selection` "batch" takes int(topk * batch) pairs of the batch, "sample" takes topk of each sample,
+            "exact" as many pairs of the batch as inputs are not zero.
+        x: The inputs [n_instances, batch, ..]; only "exact" looks at them.
+    """
+    n_instances, batch, n_components = attributions.shape
+    if method.selection == "sample":
+        return sample_topk(attributions, int(method.topk or 0))
+    if method.selection == "batch":
+        return batch_topk(attributions, int((method.topk or 0) * batch))
+    if x is None:
+        raise ValueError("select: x must be given for the exact selection, got None")
+    active = (x != 0).reshape(n_instances, -1).sum(-1)  # [I]
+    if method.reference_exact_count:  # float32 division and truncation lose one now and then
+        active = ((active.float() / batch).double() * batch).long()
+    return batch_topk(attributions, active.clamp(max=batch * n_components))
+
+
+def _attributions(model: ComponentModel, method: APD, x: Tensor, target: Record | None, full: Record | None) -> Tensor:
+    """By the method's measure; differentiable only in the Lp form, which is the only one that needs it."""
+    with torch.set_grad_enabled(method.topk is None and torch.is_grad_enabled()):
+        if method.attribution == "activation":
+            assert full is not None
+            return activation_attributions(model.components, full)
+        if method.attribution == "ablation":
+            assert full is not None
+            return ablation_attributions(model, x, full.output)
+        record = target
+        if record is None:
+            record = model.record_target(x, differentiable=True, of_components=True)
+        return gradient_attributions(model, record, method.attribution_norm)
+
+
+def evaluate(
+    model: ComponentModel,
+    method: APD,
+    x: Tensor,
+    activations: Activations | None = None,
+    output_reconstruction: bool = False,
+    distance: Distance | None = None,
+) -> Step:
+    """All losses of one batch, differentiable in the components.
+
+    Args:
+        model: The target and its components.
+        method: Coefficients, selection and attribution; terms with a zero coefficient are not computed.
+        x: One batch of the target's inputs.
+        activations: For the activation term, what to apply to each compared site's output; None compares all as they
+            are.
+        output_reconstruction: Also report the error with all components on, whatever its coefficient.
+        distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
+    """
+    of_target = method.attribution == "gradient" and method.attribution_model == "target"
+    target = model.record_target(x, differentiable=of_target)
+    output = target.output.detach()
+    distance = distance or losses.DISTANCES[method.distance]
+    rows = model.to_instances  # outputs as [n_instances, batch, n_outputs]
+    output_reconstruction = output_reconstruction or bool(method.output_reconstruction)
+    hidden_of_full = method.topk is None and bool(method.activation_reconstruction)
+    full: Record | None = None
+    if method.attribution != "gradient" or output_reconstruction or hidden_of_full:
+        full = model.forward(x)
+    attributions = _attributions(model, method, x, target if of_target else None, full)
+    always_on = int(method.distil_from_target)
+    ranked = attributions[..., : attributions.shape[-1] - always_on]
+    selection = None if method.topk is None else select(ranked, method, x)
+    step = Step(x.new_zeros(()), {}, attributions, selection, always_on)
+    terms = step.terms
+    if method.faithfulness:
+        terms["faithfulness"] = losses.faithfulness(model.components, model.weights, model.n_params)
+    if full is not None and output_reconstruction:
+        terms["output_reconstruction"] = distance(rows(full.output), rows(output))
+    masked = full
+    if selection is not None and (method.minimality or method.activation_reconstruction):
+        masked = model.forward(x, selection, always_on)
+        if method.minimality:
+            terms["minimality"] = distance(rows(masked.output), rows(output))
+    if masked is not None and method.activation_reconstruction:
+        acts = activations or {name: _identity for name in masked.outputs}
+        terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)
+    weights: Tensor | None = None
+    if method.lp_sparsity or (selection is None and method.simplicity):
+        weights = losses.lp_weights(attributions, output.shape[-1], method.lp_p)
+        if method.lp_sparsity:
+            terms["lp_sparsity"] = losses.lp_sparsity(weights)
+    if method.simplicity:
+        if selection is not None:
+            weights = step.counts
+        assert weights is not None
+        batch = attributions.shape[1]
+        exact = method.schatten == "exact"
+        terms["simplicity"] = losses.simplicity(
+            model.components, weights, method.p, method.eps, model.n_params, batch, exact
+        )
+    total = step.total
+    for name, term in terms.items():
+        if coefficient := getattr(method, name):
+            total = total + coefficient * term.mean()
+    return step._replace(total=total)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
