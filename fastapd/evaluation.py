@@ -153,11 +153,10 @@ def evaluate(
         terms["simplicity"] = losses.simplicity(
             model.components, weights, method.p, method.eps, model.n_params, batch, exact
         )
-    total = step.total
-    for name, term in terms.items():
-        if coefficient := getattr(method, name):
-            total = total + coefficient * term.mean()
-    return step._replace(total=total)
+    weighted = [getattr(method, name) * term for name, term in terms.items() if getattr(method, name)]
+    if not weighted:
+        return step
+    return step._replace(total=sum(weighted[1:], start=weighted[0]).mean())
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,11 +23,10 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params
 
     Source: Braun et al. 2025, section 2; `calc_param_match_loss` of ApolloResearch/apd.
     """
-    terms = [
-        uses * component_sum_loss(*components.factors(name), weights[name])[0]
+    return _sum(
+        component_sum_loss(*components.factors(name), weights[name])[0] * (uses / n_params)
         for name, uses in components.multiplicity.items()
-    ]
-    return torch.stack(terms).sum(0) / n_params
+    )
 
 
 def reconstruction(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
@@ -134,9 +132,16 @@ def simplicity(
     for name, uses in components.multiplicity.items():
         A, B = components.factors(name)
         if exact:
-            terms.append(uses * schatten(A, B, weights, p, eps, batch))
+            total = schatten(A, B, weights, p, eps, batch)
         else:
-            terms.append(
-                uses * schatten_factored(A, B, weights, p, eps, None if weights.is_floating_point() else batch)
-            )
-    return torch.stack(terms).sum(0) / (n_params * batch)
+            total = schatten_factored(A, B, weights, p, eps, None if weights.is_floating_point() else batch)
+        terms.append(total * (uses / (n_params * batch)))
+    return _sum(terms)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Of at least one tensor; one is returned as it is, since every operation of a small step counts."""
+    first, *rest = terms
+    for term in rest:
+        first = first + term
+    return first

@@ -66,7 +66,7 @@ def _schatten_of_products(
     sums = (_svdvals_of_products(A.double(), B.double()).square() + eps).pow(p / 2).sum(-1)
     total = (counts * sums).sum(-1)
     if batch is not None:
-        total = total + (batch - counts).sum(-1) * A.shape[-1] * eps ** (p / 2)
+        total = total + (batch - counts).sum(-1).double() * A.shape[-1] * eps ** (p / 2)
     return total.to(A.dtype)
 
 
