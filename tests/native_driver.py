@@ -1,6 +1,6 @@
 """Runs every function of a compiled `_C`, given by its path, on numpy arrays of exactly the right size.
 
-    python native_driver.py MODULE check             awkward sizes at every level with 1 and 2 threads, against numpy
+    python native_driver.py MODULE check [FUNCTION]  awkward sizes at every level with 1 and 2 threads, against numpy
     python native_driver.py MODULE parallel THREADS  sizes that are shared among threads, two Python threads at a time
     python native_driver.py MODULE digest THREADS    a hash of all outputs of each function, level by level, as JSON
     python native_driver.py MODULE gil               another Python thread runs during every function
@@ -456,11 +456,12 @@ def driven(module: ModuleType, jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def check(module: Any) -> None:
-    jobs = driven(module, [job for dtype in DTYPES for job in awkward_jobs(dtype)])
-    jobs += [job for dtype in DTYPES for job in parallel_jobs(dtype)]
+def check(module: Any, only: str = "") -> None:
+    jobs = driven(module, [job for dtype in DTYPES for job in (*awkward_jobs(dtype), *parallel_jobs(dtype))])
     calls = 0
     for job in jobs:
+        if only and job.function != only:
+            continue
         expected = job.expected()
         for level in module.cpu_levels():
             module.set_cpu_level(level)
@@ -468,7 +469,8 @@ def check(module: Any) -> None:
             compare(job, outputs, expected, f"{level}, 1 thread")
             assert same_bits(outputs, call(module, job, 2)), f"{job.function}({job.label}), {level}: 2 threads differ"
             calls += 2
-    no_memory(module)
+    if not only:
+        no_memory(module)
     print(f"{calls} calls at the levels {' '.join(module.cpu_levels())}")
 
 
@@ -485,14 +487,14 @@ def no_memory(module: Any) -> None:
         raise AssertionError(f"attribution_reduce_float64, {level}: no MemoryError")
 
 
-def parallel(module: Any, threads: int) -> None:
+def parallel(module: Any, threads: str) -> None:
     """Two Python threads at a time call the same function on the same inputs."""
     jobs = driven(module, [job for dtype in DTYPES for job in parallel_jobs(dtype)])
     for job in jobs:
         results: list[list[Array]] = []
 
         def once(job: Job = job, results: list = results) -> None:
-            results.append(call(module, job, threads))
+            results.append(call(module, job, int(threads)))
 
         callers = [threading.Thread(target=once) for _ in range(2)]
         for caller in callers:
@@ -506,14 +508,14 @@ def parallel(module: Any, threads: int) -> None:
     print(f"{2 * len(jobs)} calls with {threads} threads")
 
 
-def digest(module: Any, threads: int) -> None:
+def digest(module: Any, threads: str) -> None:
     jobs = driven(module, [job for dtype in DTYPES for job in (*awkward_jobs(dtype), *parallel_jobs(dtype))])
     hashes: dict[str, Any] = {}
     for level in module.cpu_levels():
         module.set_cpu_level(level)
         for job in jobs:
             of = hashes.setdefault(f"{job.function} {level}", hashlib.sha256())
-            for output in call(module, job, threads):
+            for output in call(module, job, int(threads)):
                 of.update(output.tobytes())
     print(json.dumps({name: of.hexdigest() for name, of in hashes.items()}))
 
@@ -548,4 +550,4 @@ def gil(module: Any) -> None:
 
 if __name__ == "__main__":
     path, mode, *rest = sys.argv[1:]
-    {"check": check, "parallel": parallel, "digest": digest, "gil": gil}[mode](load(path), *map(int, rest))
+    {"check": check, "parallel": parallel, "digest": digest, "gil": gil}[mode](load(path), *rest)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastapd import ops, testing
+from fastapd import backends, ops, testing
 from fastapd.reference import attribution_reduce, batch_topk, batched_svd, component_forward, component_sum
 
 I, b, C, m, d_in, d_out = 2, 4, 3, 2, 5, 3
@@ -139,7 +139,9 @@ def test_attribution_reduce_reference_is_its_formula(rng, chunk_elements, shared
     inputs = [[tensor(t) for t in ts] for ts in (xs, gs, As, Bs)]
     assert_equal(attribution_reduce.attribution_reduce(*inputs), a)
     found = attribution_reduce.attribution_reduce_backward(tensor(grad), *inputs)
-    for got, wanted in zip((*found[0], *found[1]), (*grad_As, *grad_Bs), strict=True):
+    grad_Ats = [g.swapaxes(-1, -2) for g in grad_As]
+    for got, wanted in zip(found, (*grad_Ats, *grad_Bs), strict=True):
+        assert got.is_contiguous()
         assert_equal(got, wanted)
 
 
@@ -168,22 +170,103 @@ def test_sample_topk_reference_is_a_stable_sort_of_each_sample(rng, k):
             testing.assert_bit_equal(got, wanted)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.9, 2.0])
-def test_schatten_reference_is_its_formula(rng, p):
+@pytest.mark.parametrize("counts", [[2, 0, 12], [0, 0], [5], []], ids=str)
+def test_batch_topk_counts_reference_is_a_stable_sort_of_each_instance(rng, counts):
+    scores, capacity = rng.integers(0, 3, size=(len(counts), b, C)).astype(float), max(counts, default=0)
+    found = batch_topk.batch_topk_counts(tensor(scores), torch.tensor(counts, dtype=torch.int64), capacity)
+    for i, k in enumerate(counts):
+        mask = np.zeros((1, b, C), int)
+        for pair in sorted(indices(b, C), key=lambda sc: -scores[i][sc])[:k]:
+            mask[0][pair] = 1
+        for field, (got, wanted) in enumerate(zip(found, selection_of(mask), strict=True)):
+            padding = wanted.new_zeros(0 if field in (1, 3) else capacity - k)
+            testing.assert_bit_equal(got[i], torch.cat((wanted[0], padding)))
+    assert [t.shape[0] for t in found] == [len(counts)] * 5
+
+
+def test_component_svdvals_reference_is_that_of_the_products(rng):
+    A, B = factors(rng)
+    for rank in (m, 1):
+        a, B_ = A[..., :rank], B[..., :rank, :]
+        values = np.linalg.svd(a @ B_, compute_uv=False)[..., :rank]
+        assert_equal(batched_svd.component_svdvals(tensor(a), tensor(B_)), values)
+    wide = rng.normal(size=(I, C, 2, 5)), rng.normal(size=(I, C, 5, 3))  # rank 5 of 2 x 3 matrices
+    values = np.zeros((I, C, 5))
+    values[..., :2] = np.linalg.svd(wide[0] @ wide[1], compute_uv=False)
+    assert_equal(batched_svd.component_svdvals(*map(tensor, wide)), values)
+
+
+def dlog_of_products(A: np.ndarray, B: np.ndarray, weight) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of At and B when dP = U diag(weight(sigma)) V^T, component by component."""
+    grad_At, grad_B = np.zeros(A.swapaxes(-1, -2).shape), np.zeros_like(B)
+    for n, c in indices(I, C):
+        U, s, Vh = np.linalg.svd(A[n, c] @ B[n, c], full_matrices=False)
+        dP = sum(w * np.outer(u, v) for w, u, v in zip(weight(n, c, s), U.T, Vh, strict=True))
+        grad_At[n, c], grad_B[n, c] = (dP @ B[n, c].T).T, A[n, c].T @ dP
+    return grad_At, grad_B
+
+
+def test_component_svdvals_reference_gradient_is_its_formula(rng):
+    A, B = factors(rng)
+    grad = rng.normal(size=(I, C, m))
+    found = batched_svd.component_svdvals_backward(tensor(grad), tensor(A), tensor(B))
+    # the product has min(d_in, d_out) = 3 values, of which the third is rounding
+    wanted = dlog_of_products(A, B, lambda n, c, s: (*grad[n, c], 0.0))
+    for got, formula in zip(found, wanted, strict=True):
+        assert_equal(got, formula)
+
+
+def test_batched_svd_reference_keeps_a_nan_in_its_component(rng):
+    A, B = (tensor(t) for t in factors(rng))
+    counts, grad = torch.ones(I, C, dtype=torch.int64), torch.ones(I, C, m, dtype=torch.float64)
+    values = batched_svd.component_svdvals(A, B)
+    gradients = batched_svd.component_svdvals_backward(grad, A, B)
+    sums = batched_svd.schatten(A, B, counts, 0.9, 1e-8, -1, True)
+    for bad in (np.nan, np.inf):
+        A[1, 2, 0, 1] = bad
+        found = batched_svd.component_svdvals(A, B)
+        assert found[1, 2].isnan().all() and found.isnan().sum() == m
+        assert torch.equal(found[0], values[0]) and torch.equal(found[1, :2], values[1, :2])
+        total, *more = batched_svd.schatten(A, B, counts, 0.9, 1e-8, -1, True)
+        assert total[1].isnan() and total[0] == sums[0][0]
+        more += batched_svd.component_svdvals_backward(grad, A, B)
+        for got, clean in zip(more, (*sums[1:], *gradients), strict=True):
+            assert got[1, 2].isnan().all() and torch.equal(got[0], clean[0]) and torch.equal(got[1, :2], clean[1, :2])
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 1.0, 2.0])
+@pytest.mark.parametrize("exact", [False, True])
+def test_schatten_reference_is_its_formula(rng, exact, p):
     eps = 1e-3
     A, B = factors(rng)
     S = np.zeros((I, C, m))
     for n, c, r in indices(I, C, m):
         S[n, c, r] = sum(A[n, c, :, r] ** 2) * sum(B[n, c, r] ** 2)
-    assert_equal(batched_svd.column_products(tensor(A), tensor(B)), S)
+    if exact:
+        S = np.linalg.svd(A @ B, compute_uv=False)[..., :m] ** 2
     counts = np.array([[0, 3, 4], [1, 1, 0]])
     active, constant = np.zeros(I), np.zeros(I)
+    grad_At, grad_B = np.zeros((I, C, m, d_in)), np.zeros_like(B)
     for n, c, r in indices(I, C, m):
         active[n] += counts[n, c] * (S[n, c, r] + eps) ** (p / 2)
         constant[n] += (b - counts[n, c]) * eps ** (p / 2)
+        dS = counts[n, c] * (p / 2) * (S[n, c, r] + eps) ** (p / 2 - 1)
+        grad_At[n, c, r] = dS * 2 * A[n, c, :, r] * sum(B[n, c, r] ** 2)
+        grad_B[n, c, r] = dS * 2 * B[n, c, r] * sum(A[n, c, :, r] ** 2)
+    if exact:
+        grad_At, grad_B = dlog_of_products(
+            A, B, lambda n, c, s: counts[n, c] * p * s * (s**2 + eps) ** (p / 2 - 1) * (s > 1e-12)
+        )
+    run = batched_svd.schatten if exact else batched_svd.schatten_factored
     arguments = (tensor(A), tensor(B), torch.tensor(counts), p, eps)
-    assert_equal(batched_svd.schatten_factored(*arguments, -1), active)
-    assert_equal(batched_svd.schatten_factored(*arguments, b), active + constant)
+    for batch, wanted in ((-1, active), (b, active + constant)):
+        total, *empty = run(*arguments, batch, False)
+        assert_equal(total, wanted)
+        assert [t.shape for t in empty] == [(0,), (0,)]
+        total, *gradients = run(*arguments, batch, True)
+        assert_equal(total, wanted)
+        for got, formula in zip(gradients, (grad_At, grad_B), strict=True):
+            assert_equal(got, formula)
 
 
 @CHUNKED
@@ -192,15 +275,29 @@ def test_schatten_reference_with_a_mask_is_its_formula(rng, chunk_elements, monk
     A, B = factors(rng)
     mask, p, eps = rng.uniform(size=(I, b, C)), 0.9, 1e-3
     total = np.zeros(I)
+    grad_At, grad_B, grad_mask = np.zeros((I, C, m, d_in)), np.zeros_like(B), np.zeros_like(mask)
     for n, s, c, r in indices(I, b, C, m):
-        total[n] += (mask[n, s, c] * sum(A[n, c, :, r] ** 2) * sum(B[n, c, r] ** 2) + eps) ** (p / 2)
-    assert_equal(batched_svd.schatten_factored_masked(tensor(A), tensor(B), tensor(mask), p, eps), total)
-    # the gradients are taken in the same pieces
-    leaves = [t.requires_grad_() for t in (tensor(A), tensor(B), tensor(mask))]
-    got = torch.autograd.grad(ops.schatten_factored(*leaves, p, eps).sum(), leaves)
-    by_autograd = torch.autograd.grad(batched_svd.schatten_factored_masked(*leaves, p, eps).sum(), leaves)
-    for ours, wanted in zip(got, by_autograd, strict=True):
-        assert_equal(ours, wanted.numpy())
+        norm_a, norm_b, weight = sum(A[n, c, :, r] ** 2), sum(B[n, c, r] ** 2), mask[n, s, c]
+        total[n] += (weight * norm_a * norm_b + eps) ** (p / 2)
+        slope = (p / 2) * (weight * norm_a * norm_b + eps) ** (p / 2 - 1)
+        grad_At[n, c, r] += slope * weight * norm_b * 2 * A[n, c, :, r]
+        grad_B[n, c, r] += slope * weight * norm_a * 2 * B[n, c, r]
+        grad_mask[n, s, c] += slope * norm_a * norm_b
+    arguments = (tensor(A), tensor(B), tensor(mask), p, eps)
+    wanted = (total, grad_At, grad_B, grad_mask)
+    for got, formula in zip(batched_svd.schatten_factored_masked(*arguments, True), wanted, strict=True):
+        assert_equal(got, formula)
+    got, *empty = batched_svd.schatten_factored_masked(*arguments, False)
+    assert_equal(got, total)
+    assert [t.shape for t in empty] == [(0,)] * 3
+    # autograd through the same pieces agrees, and so does the op
+    leaves = [t.detach().requires_grad_() for t in arguments[:3]]
+    by_autograd = torch.autograd.grad(batched_svd.schatten_factored_masked(*leaves, p, eps, False)[0].sum(), leaves)
+    with backends.use_backend("reference"):
+        by_op = torch.autograd.grad(ops.schatten_factored(*leaves, p, eps).sum(), leaves)
+    for found in (by_autograd, by_op):
+        for got, formula in zip(found, (grad_At.swapaxes(-1, -2), grad_B, grad_mask), strict=True):
+            assert_equal(got, formula)
 
 
 # ------------------------------------------------------------------------------------------------ worked by hand
@@ -252,19 +349,36 @@ def test_topk_reference_by_hand():
 def test_schatten_reference_by_hand():
     # S_0 = 5 * 5, S_1 = 9 * 2
     counts = torch.tensor([[2, 1]])
-    assert batched_svd.schatten_factored(A, B, counts, 2.0, 0.0, -1).tolist() == [68]
-    assert batched_svd.schatten_factored(A, B, torch.tensor([[2, 0]]), 1.0, 0.0, -1).tolist() == [10]
-    # one of three samples without component 0 and three without component 1: 4 eps
-    assert batched_svd.schatten_factored(A, B, torch.tensor([[2, 0]]), 2.0, 0.25, 3).tolist() == [50.5 + 1]
+    # components of rank one: the two forms agree
+    for run in (batched_svd.schatten_factored, batched_svd.schatten):
+        close = pytest.approx if run is batched_svd.schatten else lambda values: values
+        assert run(A, B, counts, 2.0, 0.0, -1, False)[0].tolist() == close([68])
+        assert run(A, B, torch.tensor([[2, 0]]), 1.0, 0.0, -1, False)[0].tolist() == close([10])
+        # one of three samples without component 0 and three without component 1: 4 eps
+        assert run(A, B, torch.tensor([[2, 0]]), 2.0, 0.25, 3, False)[0].tolist() == close([50.5 + 1])
+        # d/da 2 |a|^2 |b|^2 = 4 |b|^2 a
+        _, grad_At, grad_B = run(A, B, torch.tensor([[2, 0]]), 2.0, 0.0, -1, True)
+        assert grad_At.flatten().tolist() == close([20, 40, 0, 0])
+        assert grad_B.flatten().tolist() == close([20, 40, 0, 0])
     mask = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
-    assert batched_svd.schatten_factored_masked(A, B, mask, 2.0, 1.0).tolist() == [26 + 10 + 1 + 19]
+    total, _, _, grad_mask = batched_svd.schatten_factored_masked(A, B, mask, 2.0, 1.0, True)
+    assert total.tolist() == [26 + 10 + 1 + 19] and grad_mask.tolist() == [[[25, 18], [25, 18]]]
+
+
+def test_component_svdvals_reference_by_hand():
+    assert batched_svd.component_svdvals(A, B).flatten().tolist() == pytest.approx([5, 18**0.5])
+    # [[3, 0], [0, 4]] as two columns, then as two columns that are the same
+    swap = torch.tensor([[[[3.0, 0.0], [0.0, 4.0]]]])
+    assert batched_svd.component_svdvals(swap, torch.eye(2)[None, None]).tolist() == [[[4, 3]]]
+    twice = torch.tensor([[[[1.0, 1.0], [2.0, 2.0]]]]), torch.tensor([[[[1.0, 2.0], [1.0, 2.0]]]])
+    assert batched_svd.component_svdvals(*twice)[0, 0].tolist() == pytest.approx([10, 0], abs=1e-6)
 
 
 # -------------------------------------------------------------------------------- the assertion, and the memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("op", [op for op in testing.OPS if not op.endswith("topk")])
+@pytest.mark.parametrize("op", [op for op in testing.OPS if "topk" not in op])
 def test_assert_matches_reference_finds_planted_errors(op, dtype):
     args = testing.inputs(op, testing.Case("small", 2, 5, 3, 2, 4, 3, n_outputs=2), dtype)
     cotangents = testing.random_cotangents(testing.reference(op, args).outputs)

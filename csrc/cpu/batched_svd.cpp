@@ -206,7 +206,9 @@ double exact_component(const T* At, const T* B, double weight, double p, double 
   for (int64_t i = 0; i < m; ++i) total += power(w.sigma[i] * w.sigma[i] + eps, p / 2);
   if (!gradient) return total;
   for (int64_t k = 0; k < m * m; ++k) w.gx[k] = 0;  // U diag(g sigma) V^T
+  const double rounding = 1e-16 * largest(w.sigma, m);
   for (int64_t i = 0; i < m; ++i) {
+    if (w.sigma[i] <= rounding) continue;  // zero but for rounding; with eps = 0 the slope there would be anything
     const double g = 2 * slope(w.sigma[i] * w.sigma[i] + eps, p / 2) * back;
     for (int64_t a = 0; a < m; ++a)
       for (int64_t b = 0; b < m; ++b) w.gx[a * m + b] += g * w.xt[i * m + a] * w.v[i * m + b];

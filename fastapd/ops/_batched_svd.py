@@ -253,7 +253,8 @@ def schatten(
         TypeError: If a dtype is wrong.
 
     Numerics: in float64 inside; a component with count 0 contributes nothing, whatever it holds.
-    Gradient: in A and B, without differences of singular values; a second derivative is refused.
+    Gradient: in A and B, without differences of singular values; one below 1e-16 of its component's largest counts as
+        zero and adds nothing. A second derivative is refused.
     Cost: O(C m^2 (d_in + d_out) + C m^3), value and gradient in one pass.
     Source: Braun et al. 2025, simplicity loss of section 2.
     """

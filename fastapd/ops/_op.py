@@ -13,6 +13,14 @@ from fastapd import backends
 _LIBRARY = torch.library.Library("fastapd", "DEF")
 
 
+def _outside_autocast(function: Callable[..., Any], *args: Any) -> Any:
+    """An op computes in the dtype of its arguments, as its fake says; a GEMM under autocast would not."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+    return function(*args)
+
+
 def define(
     name: str,
     schema: str,
@@ -34,22 +42,19 @@ def define(
     """
 
     def run(*args: Any) -> Any:
-        function = backends.choose(name, args)
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            # An op computes in the dtype of its arguments, as its fake says; a GEMM inside a reference would not.
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return function(*args)
-        return function(*args)
+        return _outside_autocast(backends.choose(name, args), *args)
 
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")
+    def gradient(ctx: Any, *grads: Tensor) -> Any:
+        if backward is None:
+            raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")
+        return _outside_autocast(backward, ctx, *grads)
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     qualified = f"fastapd::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.fastapd, name).default
 
 

@@ -79,7 +79,13 @@ def schatten(
         total = total + _off(counts, A.shape[-1], p, eps, batch)
     if not with_grad:
         return total.to(A.dtype), A.new_empty(0), B.new_empty(0)
-    grad_At, grad_B = _factor_gradients(A, B, lambda s: 2 * s * _slope(s.square() + eps, p))
+
+    def weight(sigma: Tensor) -> Tensor:
+        """Zero for values that are zero but for rounding; with eps = 0 the slope there would be anything."""
+        rounding = 1e-16 * sigma[..., :1]
+        return torch.where(sigma <= rounding, 0, 2 * sigma * _slope(sigma.square() + eps, p))
+
+    grad_At, grad_B = _factor_gradients(A, B, weight)
     return total.to(A.dtype), _weighted(counts, grad_At), _weighted(counts, grad_B)
 
 

@@ -1,4 +1,7 @@
-"""batch_topk and sample_topk: exact selections, ties by the lowest flat index, against numpy."""
+"""batch_topk and sample_topk: exact selections, ties by the lowest flat index, against numpy.
+
+`batch_topk` with a tensor (every instance's own K) is at the end, with what its padding must not do.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +65,21 @@ def assert_selects(op: str, scores: Tensor, k: int) -> None:
             assert_lists(ops.Selection(*(t[i] for t in found)), mask)
 
 
+def assert_selects_each(scores: Tensor, counts: Tensor) -> None:
+    """`batch_topk` with a tensor selects what it selects of each instance alone, and pads the lists with zeros."""
+    found = ops.batch_topk(scores, counts)
+    assert found.n_pairs == max(counts.tolist(), default=0)
+    for i, k in enumerate(counts.tolist()):
+        alone = ops.batch_topk(scores[i], k)
+        for name, got, wanted in zip(found._fields, found, alone, strict=True):
+            n = len(wanted)
+            testing.assert_bit_equal(got[i][:n], wanted)
+            assert not got[i][n:].any() and (n == k or name.endswith("offsets"))
+        assert np.array_equal(found.mask[i].numpy(), chosen("batch_topk", scores[i], k))
+        testing.assert_bit_equal(found.counts[i], found.mask[i].sum(0))
+        assert found.counts[i].sum() == k
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", testing.CASES)
 @both
@@ -78,6 +96,8 @@ def test_batch_topk_matches_the_reference_and_numpy(op, backend, case, dtype):
 def test_batch_topk_takes_half_precision(op, dtype):
     scores, k = testing.inputs(op, "tms_40", dtype)
     assert_selects(op, scores, k)
+    with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match=f"^{op}: no backend can run"):
+        getattr(ops, op)(scores, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,7 +214,7 @@ def test_batch_topk_leaves_its_inputs_alone(op, backend):
 def test_batch_topk_repeats_bit_for_bit(op, backend):
     args = testing.inputs(op, "tms_40")
     first = testing.run(op, args).outputs
-    for _ in range(20):
+    for _ in range(100):
         testing.assert_bit_equal(testing.run(op, args).outputs, first)
 
 
@@ -206,15 +226,17 @@ def test_batch_topk_is_a_constant(op, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op, k", [("batch_topk", 700), ("sample_topk", 3), ("batch_topk", torch.tensor([5, 700, 0]))])
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_batch_topk_is_independent_of_threads(backend, dtype, threads):
+def test_batch_topk_is_independent_of_threads(backend, op, k, dtype, threads):
     scores = torch.randint(0, 1000, (3, 300, 300)).to(dtype)  # shares its instances among threads; many ties
     threads(1)
-    alone = ops.batch_topk(scores, 700)
+    alone = getattr(ops, op)(scores, k)
     for n in (2, 3):
         threads(n)
-        testing.assert_bit_equal(list(ops.batch_topk(scores, 700)), list(alone))
-    assert np.array_equal(alone.mask[2].numpy(), chosen("batch_topk", scores[2], 700))
+        testing.assert_bit_equal(list(getattr(ops, op)(scores, k)), list(alone))
+    if isinstance(k, int):
+        assert np.array_equal(alone.mask[2].numpy(), chosen(op, scores[2], k))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -222,8 +244,10 @@ def test_batch_topk_is_independent_of_threads(backend, dtype, threads):
 def test_batch_topk_at_every_level(cpu_level, dtype):
     for case in ("tms", "tms_40", "odd"):
         scores, k = testing.inputs("batch_topk", case, dtype)
-        assert_selects("batch_topk", scores, k)
-        assert_selects("batch_topk", scores.round(), k)
+        for values in (scores, scores.round()):
+            assert_selects("batch_topk", values, k)
+            assert_selects("sample_topk", values, 2)
+            assert_selects_each(values, torch.arange(scores.shape[0]) * k % scores[0].numel())
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
@@ -252,7 +276,7 @@ BOTH_REFUSE = [
     (TypeError, S, 2.0, "{k} must be an int, got float 2.0"),
     (TypeError, S, True, "{k} must be an int, got bool True"),
     (TypeError, S, None, "{k} must be an int, got NoneType None"),
-    (TypeError, S, torch.tensor(2), "{k} must be an int, got Tensor tensor(2)"),
+    (TypeError, S, "2", "{k} must be an int, got str '2'"),
     (ValueError, HUGE, 1, "scores must have fewer than 2**31 entries an instance, got [65536, 32768]"),
 ]
 
@@ -272,6 +296,7 @@ def test_batch_topk_refuses(op, error, scores, k, message):
         ("batch_topk", 19, "K must be in [0, batch * n_components=18], got 19"),
         ("sample_topk", -1, "k must be in [0, n_components=3], got -1"),
         ("sample_topk", 4, "k must be in [0, n_components=3], got 4"),
+        ("sample_topk", 10**400, "k must be in [0, n_components=3], got an int beyond float64"),
     ],
 )
 def test_batch_topk_refuses_a_count_out_of_range(op, k, message):
@@ -279,15 +304,139 @@ def test_batch_topk_refuses_a_count_out_of_range(op, k, message):
         getattr(ops, op)(S, k)
 
 
-def ties_to_the_highest_index(right, scores, k):
-    flipped = right(scores.flip(1, 2), k)
-    mask = ops.Selection(*flipped).mask.flip(1, 2)
-    return right(mask.float(), int(mask[0].sum()))
+def test_sample_topk_takes_no_tensor():
+    wanted = "sample_topk: k must be an int, got Tensor tensor([2, 3])"
+    with pytest.raises(TypeError, match=re.escape(wanted) + "$"):
+        ops.sample_topk(S, torch.tensor([2, 3]))
 
 
-@both
-def test_batch_topk_planted_error_is_found(op, backend, plant):
-    scores = torch.randint(0, 3, (2, 8, 6)).float()
-    plant(op, backend, ties_to_the_highest_index)
-    with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
-        testing.assert_matches_reference(op, testing.run(op, (scores, 2)).outputs, (scores, 2), backend)
+# --------------------------------------------------------------------------------------------- every instance's own K
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@each
+def test_batch_topk_counts_matches_the_reference(backend, case, dtype):
+    args = testing.inputs("batch_topk_counts", case, dtype)
+    testing.assert_matches_reference("batch_topk_counts", testing.run("batch_topk_counts", args).outputs, args, backend)
+    assert_selects_each(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("counts", [[0, 0, 0], [42, 42, 42], [0, 42, 0], [1, 0, 41], [7, 3, 5], [42, 1, 13]], ids=str)
+@each
+def test_batch_topk_counts_selects_for_every_instance_its_own(backend, counts, dtype):
+    scores = torch.randn(3, 7, 6, dtype=dtype)
+    for values in (scores, scores.round(), torch.zeros_like(scores), scores.masked_fill(scores > 1, torch.nan)):
+        assert_selects_each(values, torch.tensor(counts))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+@each
+def test_batch_topk_counts_of_nothing_is_empty(backend, shape):
+    found = ops.batch_topk(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64))
+    testing.assert_bit_equal(list(found), list(ops.batch_topk(torch.zeros(shape), 0)))
+    assert found.mask.shape == shape
+
+
+@each
+def test_batch_topk_counts_takes_any_strides_and_passes_opcheck(backend):
+    scores, counts = testing.inputs("batch_topk_counts", "tms")
+    wanted = ops.batch_topk(scores, counts)
+    strided = torch.stack((counts, counts + 1), dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    for view in testing.VIEWS.values():
+        testing.assert_bit_equal(list(ops.batch_topk(view(scores), strided)), list(wanted))
+    testing.assert_bit_equal(
+        list(ops.batch_topk(scores, counts[:1].expand_as(counts))), list(ops.batch_topk(scores, int(counts[0])))
+    )
+    torch.library.opcheck(torch.ops.fastapd.batch_topk_counts, (scores, counts, max(counts.tolist())))
+
+
+def never_first(scores: Tensor) -> Tensor:
+    """Scores by which neither sample 0 nor component 0, where the padding points, is selected."""
+    scores = scores.clone()
+    scores[:, 0], scores[..., 0] = -1, -1
+    return scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["tms", "odd", "rank1", "single"])
+@each
+def test_batch_topk_counts_padding_is_no_pair(backend, case, dtype):
+    """The selected form with padded lists is the dense form with its mask, in value and gradient."""
+    x, A, B, mask = testing.inputs("component_forward", case, dtype)
+    _, counts = testing.inputs("batch_topk_counts", case, dtype)
+    counts[0] //= 3
+    selection = ops.batch_topk(mask, counts)
+    assert (counts < selection.n_pairs).any()
+    dense = (x, A, B, selection.mask.to(dtype))
+    cotangents = testing.random_cotangents(testing.reference("component_forward", dense).outputs)
+    outputs, grads = testing.run("component_forward_selected", (x, A, B, selection), cotangents)
+    exact = testing.oracle("component_forward", dense, cotangents)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for got, wanted in zip((*outputs, *grads), (*exact.outputs, *exact.grads[:3]), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each
+def test_batch_topk_counts_padding_reads_nothing(backend, dtype):
+    op = "component_forward_selected"
+    x, A, B, mask = testing.inputs("component_forward", "odd", dtype)
+    selection = ops.batch_topk(never_first(mask), torch.tensor([9, 31]))
+    cotangents = testing.random_cotangents(testing.reference("component_forward", (x, A, B)).outputs)
+    clean = testing.run(op, (x, A, B, selection), cotangents)
+    for poison in (torch.nan, torch.inf):
+        for t in (x, A, B, cotangents[0]):
+            t[:, 0] = poison
+        testing.assert_bit_equal(testing.run(op, (x, A, B, selection), cotangents), clean)
+    assert clean.outputs[0].isfinite().all() and all(g.isfinite().all() for g in clean.grads)
+
+
+@pytest.mark.parametrize("there, back", [("cpu", "reference"), ("reference", "cpu")])
+def test_batch_topk_counts_padding_survives_a_change_of_backend(there, back):
+    """The backend of the forward pass leaves a workspace to that of the backward pass, which may be another."""
+    x, A, B, mask = testing.inputs("component_forward", "odd", torch.float64)
+    if backends.explain("component_forward_selected", x, A, B)["cpu"]:
+        pytest.skip("the CPU kernels are not here")
+    selection = ops.batch_topk(mask, torch.tensor([9, 31]))
+    leaves = [t.detach().requires_grad_() for t in (x, A, B)]
+    with backends.use_backend(there):
+        y = ops.component_forward_selected(*leaves, selection)
+    with backends.use_backend(back):
+        grads = torch.autograd.grad(y.sum(), leaves)
+    exact = testing.oracle("component_forward", (x, A, B, selection.mask.double()), [torch.ones_like(y)])
+    for got, wanted in zip(grads, exact.grads, strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+K = torch.tensor([2, 3])
+COUNTS_REFUSED = [
+    (TypeError, S, K.int(), "K must be an int or an int64 tensor, got torch.int32"),
+    (TypeError, S, K.double(), "K must be an int or an int64 tensor, got torch.float64"),
+    (TypeError, S, K.bool(), "K must be an int or an int64 tensor, got torch.bool"),
+    (TypeError, S, K.to_sparse(), "K must be a dense tensor, got layout torch.sparse_coo; call .to_dense()"),
+    (ValueError, S, K[:1], "K, a tensor, must have shape [n_instances] for scores [2, 6, 3], got [1]"),
+    (ValueError, S, K[0], "K, a tensor, must have shape [n_instances] for scores [2, 6, 3], got []"),
+    (ValueError, S, K[None], "K, a tensor, must have shape [n_instances] for scores [2, 6, 3], got [1, 2]"),
+    (ValueError, S, K.to("meta"), "K must be on the device of scores, cpu, got meta"),
+    (ValueError, S[0], K, "scores must have a leading n_instances when K is a tensor, got [6, 3]"),
+    (ValueError, S, torch.tensor([2, 19]), "K must be in [0, batch * n_components=18], got 19"),
+    (ValueError, S, torch.tensor([-1, 2]), "K must be in [0, batch * n_components=18], got -1"),
+    (ValueError, S, torch.tensor([2**62, 2]), f"K must be in [0, batch * n_components=18], got {2**62}"),
+    (TypeError, S.long(), K, f"scores {FLOATS}, got torch.int64"),
+    (TypeError, None, K, "scores must be a torch.Tensor, got NoneType"),
+]
+
+
+@pytest.mark.parametrize("error, scores, K, message", COUNTS_REFUSED)
+def test_batch_topk_counts_refuses(error, scores, K, message):
+    with pytest.raises(error, match=re.escape(f"batch_topk: {message}") + "$"):
+        ops.batch_topk(scores, K)
+
+
+def test_batch_topk_counts_checks_where_the_public_op_does_not_run():
+    for counts in (K.int(), K[:1]):
+        with pytest.raises((TypeError, ValueError), match=r"^batch_topk: K"):
+            torch.ops.fastapd.batch_topk_counts(S.to("meta"), counts.to("meta"), 3)

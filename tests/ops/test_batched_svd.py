@@ -66,8 +66,7 @@ def test_schatten_takes_half_precision(op, dtype):
     outputs, grads = testing.run(op, args, cotangents)
     assert {t.dtype for t in (*outputs, *grads)} == {dtype}
     testing.assert_matches_reference(op, outputs, args, "auto", grads=grads, cotangents=cotangents)
-    reason = re.escape(f"cpu: the CPU kernels take float32 and float64, not {dtype};")
-    with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match=f"^{op}: .*{reason}"):
+    with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match=f"^{op}: no backend can run"):
         testing.run(op, args)
 
 
@@ -119,9 +118,10 @@ def test_schatten_passes_opcheck(op, backend):
     _, floats = of_floats(op, args)
     torch_op = getattr(torch.ops.fastapd, op)
     if op == VALUES:
-        return torch.library.opcheck(torch_op, floats)
-    torch.library.opcheck(torch_op, (*floats, *args[len(floats) :], True))
-    torch.library.opcheck(torch_op, (*args, False))
+        torch.library.opcheck(torch_op, floats)
+    else:
+        torch.library.opcheck(torch_op, (*floats, *args[len(floats) :], True))
+        torch.library.opcheck(torch_op, (*args, False))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -318,7 +318,7 @@ def test_schatten_adds_the_constant_of_unused_components_when_asked(op, backend)
 @counted
 def test_schatten_takes_the_largest_batch_and_exponent(op, backend):
     A, B, counts, *_ = testing.inputs(op, "odd", torch.float64)
-    unused = 2.0**53 * A.shape[1] - counts.sum(-1)
+    unused = 2.0**53 * A.shape[1] - counts.sum(-1).double()
     found = getattr(ops, op)(A, B, counts, 1.0, 1e-4, 2**53)
     torch.testing.assert_close(found, unused * 7 * 1e-2, rtol=1e-12, atol=0)
     assert getattr(ops, op)(A, B, counts, 1e308, 2.0, 37).isinf().all()

@@ -177,7 +177,7 @@ def test_component_forward_leaves_its_inputs_alone(op, backend):
 def test_component_forward_repeats_bit_for_bit(op, backend):
     args = testing.inputs(op, "resid")
     first = with_gradients(op, args)
-    for _ in range(20):
+    for _ in range(100):
         testing.assert_bit_equal(with_gradients(op, args), first)
 
 
@@ -388,48 +388,3 @@ def test_component_forward_selected_checks_where_the_public_op_does_not_run():
     """torch.ops.fastapd is what a compiled graph calls: its fake holds the same checks."""
     with pytest.raises(ValueError, match="x and A must share d_in"):
         torch.ops.fastapd.component_forward_selected(*(t.to("meta") for t in (X[..., :3], A, B, *SELECTION)))
-
-
-def without_one_component(right, x, A, B, *selection):
-    B = B.clone()
-    B[:, -1] = 0
-    return right(x, A, B, *selection)
-
-
-def without_one_gradient(right, *args):
-    grad_x, grad_At, grad_B = right(*args)
-    grad_B[:, -1] = 0
-    return grad_x, grad_At, grad_B
-
-
-def without_the_mask(right, x, A, B, mask):
-    return right(x, A, B, mask.ceil())
-
-
-def never_written(right, x, A, B, *selection):
-    y, u = right(x, A, B, *selection)
-    fresh = torch.empty_like(y)
-    fresh[:, :-1] = y[:, :-1]
-    return fresh, u
-
-
-WRONG = [
-    (DENSE, DENSE, without_the_mask),
-    (SELECTED, SELECTED, without_one_component),
-    (SELECTED, SELECTED, never_written),
-    (SELECTED, BACKWARD, without_one_gradient),
-]
-
-
-@pytest.mark.parametrize(
-    "op, planted, wrong, backend",
-    [(*row, backend) for row in WRONG for backend in testing.cpu_backends(row[0])],
-    indirect=["backend"],
-)
-def test_component_forward_planted_error_is_found(op, planted, wrong, backend, plant):
-    args = testing.inputs(op, "tms")
-    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
-    plant(planted, backend, wrong)
-    outputs, grads = testing.run(op, args, cotangents)
-    with pytest.raises(AssertionError, match=f"^{op} on {backend}"):
-        testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)

@@ -1,0 +1,192 @@
+"""For every op and backend of `backends.TABLE` that runs on the CPU: an error in that function turns its test red.
+
+Each `wrong(right, *args)` is a mistake one could make in a kernel. A new row of the table needs one here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastapd import backends, ops, testing
+
+ROWS = [(op, backend) for op, row in backends.TABLE.items() for backend in row if backend in ("cpu", "reference")]
+
+
+def without_the_last_component(right, A, B, *target):
+    return right(A[:, :-1], B[:, :-1], *target)
+
+
+def residual_of_the_wrong_sign(right, A, B, target):
+    loss, residual = right(A, B, target)
+    return loss, -residual
+
+
+def loss_of_the_mean(right, A, B, target):
+    loss, residual = right(A, B, target)
+    return loss / residual[0].numel(), residual
+
+
+def without_the_mask(right, x, A, B, mask):
+    return right(x, A, B, mask.ceil())
+
+
+def without_one_component(right, x, A, B, *selection):
+    B = B.clone()
+    B[:, -1] = 0
+    return right(x, A, B, *selection)
+
+
+def never_written(right, x, A, B, *selection):
+    y, u = right(x, A, B, *selection)
+    fresh = torch.empty_like(y)
+    fresh[:, :-1] = y[:, :-1]
+    return fresh, u
+
+
+def without_one_gradient(right, *args):
+    grad_x, grad_At, grad_B = right(*args)
+    grad_B[:, -1] = 0
+    return grad_x, grad_At, grad_B
+
+
+def gradient_of_the_wrong_sample(right, *args):
+    grad_x, grad_At, grad_B = right(*args)
+    return grad_x.roll(1, 1), grad_At, grad_B
+
+
+def squared_before_the_sum(right, xs, gs, As, Bs):
+    layers = zip(xs, gs, As, Bs, strict=True)
+    return sum(right([x], [g], [A], [B]) for x, g, A, B in layers)
+
+
+def gradient_of_layers_apart(right, grad, xs, gs, As, Bs):
+    layers = zip(xs, gs, As, Bs, strict=True)
+    apart = [right(grad, [x], [g], [A], [B]) for x, g, A, B in layers]
+    return [a for a, _ in apart] + [b for _, b in apart]
+
+
+def gradient_without_the_last_sample(right, grad, *args):
+    grad = grad.clone()
+    grad[:, -1] = 0
+    return right(grad, *args)
+
+
+def gradients_of_shared_outputs_from_the_first_sample_only(right, grad, xs, gs, As, Bs):
+    return right(grad, xs, [g[:, :1] for g in gs], As, Bs)
+
+
+def ties_to_the_highest_index(right, scores, *limits):
+    mask = ops.Selection(*right(scores.flip(1, 2), *limits)).mask.flip(1, 2)
+    return right(mask.to(scores.dtype), *limits)
+
+
+def position_of_the_other_order(right, scores, *limits):
+    sample, offsets, component, sample_offsets, position = right(scores, *limits)
+    return sample, offsets, component, sample_offsets, position.flip(-1)
+
+
+def padding_that_is_a_pair(right, scores, counts, capacity):
+    sample, *rest = right(scores, counts, capacity)
+    for i, n in enumerate(counts.tolist()):
+        sample[i, n:] = 1
+    return sample, *rest
+
+
+def ascending(right, A, B):
+    return right(A, B).flip(-1)
+
+
+def values_of_the_gram_matrix_in_half_the_digits(right, A, B):
+    return right(A, B).square().float().sqrt().to(A.dtype) if A.dtype == torch.float64 else right(A, B).half().float()
+
+
+def without_rotation(right, A, B):
+    """The values of the column form: a Jacobi that never rotates."""
+    return (A.square().sum(-2) * B.square().sum(-1)).sqrt().sort(-1, descending=True).values
+
+
+def epsilon_outside_the_power(right, A, B, weights, p, eps, *rest):
+    total, *grads = right(A, B, weights, p, 0.0, *rest)
+    return total + eps ** (p / 2), *grads
+
+
+def counts_forgotten_in_the_gradient(right, A, B, counts, *rest):
+    total, *_ = right(A, B, counts, *rest)
+    _, *grads = right(A, B, torch.ones_like(counts), *rest)
+    return total, *grads
+
+
+def gradient_of_A_in_the_layout_of_A(right, A, *rest):
+    total, grad_At, *grads = right(A, *rest)
+    return total, grad_At.mT.reshape(grad_At.shape), *grads
+
+
+def gradient_of_the_mask_without_the_last_rank(right, A, B, *rest):
+    total, grad_At, grad_B, _ = right(A, B, *rest)
+    return total, grad_At, grad_B, right(A[..., :-1].contiguous(), B[..., :-1, :].contiguous(), *rest)[3]
+
+
+SUMS = [epsilon_outside_the_power, gradient_of_A_in_the_layout_of_A]
+# what goes wrong in each op of the table; a gradient's op is reached by that of its forward op
+PLANTED = {
+    "component_sum": [without_the_last_component],
+    "component_sum_loss": [without_the_last_component, residual_of_the_wrong_sign, loss_of_the_mean],
+    "component_forward": [without_the_mask],
+    "component_forward_selected": [without_one_component, never_written],
+    "component_forward_selected_backward": [without_one_gradient, gradient_of_the_wrong_sample],
+    "attribution_reduce": [squared_before_the_sum],
+    "attribution_reduce_backward": [
+        gradient_of_layers_apart,
+        gradient_without_the_last_sample,
+        gradients_of_shared_outputs_from_the_first_sample_only,
+    ],
+    "batch_topk": [ties_to_the_highest_index, position_of_the_other_order],
+    "batch_topk_counts": [ties_to_the_highest_index, position_of_the_other_order, padding_that_is_a_pair],
+    "sample_topk": [ties_to_the_highest_index, position_of_the_other_order],
+    "component_svdvals": [ascending, values_of_the_gram_matrix_in_half_the_digits, without_rotation],
+    "schatten": [*SUMS, counts_forgotten_in_the_gradient],
+    "schatten_factored": [*SUMS, counts_forgotten_in_the_gradient],
+    "schatten_factored_masked": [*SUMS, gradient_of_the_mask_without_the_last_rank],
+}
+
+
+def arguments(op: str, dtype: torch.dtype) -> tuple:
+    args = testing.inputs(op, "odd" if op.startswith("schatten") else "tms", dtype)
+    if op.startswith("schatten"):
+        A, B, weights, p, _, *batch = args
+        return A, B, weights, p, 1e-2, *batch
+    if "topk" in op:  # ties
+        return args[0].round(), *args[1:]
+    return args
+
+
+def test_planted_errors_exist_for_every_op():
+    assert set(PLANTED) == set(backends.TABLE)
+    assert all(PLANTED.values())
+    assert {op for op, _ in ROWS} == set(backends.TABLE), "every op has a backend that runs here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "planted, backend, wrong",
+    [(op, backend, wrong) for op, backend in ROWS for wrong in PLANTED.get(op, [])],
+    indirect=["backend"],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_planted_error_is_found(planted, backend, wrong, dtype, plant):
+    op = planted.removesuffix("_backward")
+    args = arguments(op, dtype)
+    cotangents = testing.random_cotangents(testing.run(op, args).outputs)
+
+    def check() -> None:
+        if "topk" in op:
+            testing.assert_matches_reference(op, testing.run(op, args).outputs, args, backend)
+        else:
+            outputs, grads = testing.run(op, args, cotangents)
+            testing.assert_matches_reference(op, outputs, args, backend, grads=grads, cotangents=cotangents)
+
+    check()  # green before
+    plant(planted, backend, wrong)
+    with pytest.raises(AssertionError, match=f"^{op} on {backend}, (outputs|grads)"):
+        check()
