@@ -156,7 +156,10 @@ def evaluate(
     weighted = [getattr(method, name) * term for name, term in terms.items() if getattr(method, name)]
     if not weighted:
         return step
-    return step._replace(total=sum(weighted[1:], start=weighted[0]).mean())
+    total, *rest = weighted
+    for term in rest:
+        total = total + term
+    return step._replace(total=total.mean())
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
     for (int64_t c = 0; c < n.n_components; ++c) {
       const int64_t g = i * n.n_components + c;
       total += sums[g];
-      if (batch >= 0) total += static_cast<double>(batch - counts[g]) * off;
+      if (batch >= 0 && counts[g] != batch) total += static_cast<double>(batch - counts[g]) * off;
     }
     loss[i] = static_cast<T>(total);
   }

@@ -66,7 +66,8 @@ def _weighted(counts: Tensor, values: Tensor) -> Tensor:
 def _off(counts: Tensor, rank: int, p: float, eps: float, batch: int) -> Tensor:
     """What the eps of the unused (sample, component) pairs contributes."""
     off = torch.full((), eps, dtype=torch.float64, device=counts.device).pow(p / 2)
-    return ((batch - counts.double()) * (rank * off)).sum(-1)
+    unused = batch - counts.double()
+    return torch.where(unused == 0, 0, unused * (rank * off)).sum(-1)  # none of an infinite power is nothing
 
 
 def schatten(
