@@ -71,6 +71,7 @@ def demo_table() -> str:
         return "  ".join([head, *rest]).rstrip()
 
     rates = ", ".join(f"{run['recovered']} of {run['n']} (seed {run['seed']})" for run in demo["runs"])
+    threads = f"{demo['threads']} thread{'s' if demo['threads'] > 1 else ''}"
     seconds = "/".join(f"{run['seconds']:.0f}" for run in demo["runs"])
     return "\n".join(
         [
@@ -80,8 +81,7 @@ def demo_table() -> str:
             f"recovered {first['recovered']} of {first['n']} instances",
             "```",
             "",
-            f"Recovered {rates}, in {seconds} s on {demo['machine']} ({demo['threads']} threads, float32, torch "
-            f"{demo['torch']}).",
+            f"Recovered {rates}, in {seconds} s on {demo['machine']} ({threads}, float32, torch {demo['torch']}).",
         ]
     )
 

@@ -41,6 +41,8 @@ class Demo:
     """Samples per step and instance."""
     out: Path | None = None
     """Run directory; runs/demo, runs/demo-2, ... if not given."""
+    threads: int = 1
+    """Threads of a step; its operations are too small to be worth sharing."""
     progress: bool = True
     """Whether to show progress bars."""
 
@@ -92,7 +94,7 @@ def _demo(args: list[str]) -> int:
     paper["optimiser"]["schedule"] = "cosine"
     from fastapd.config import parse
 
-    return _experiment(parse(paper, "fastapd demo"), options.out, "demo", options.progress)
+    return _experiment(parse(paper, "fastapd demo"), options.out, "demo", options.threads, options.progress)
 
 
 def _run(args: list[str]) -> int:
@@ -118,25 +120,32 @@ def _run(args: list[str]) -> int:
         config: Annotated[RunConfig, tyro.conf.arg(name="")]
         out: Path | None = None
         """Run directory; runs/NAME, runs/NAME-2, ... if not given."""
+        threads: int | None = None
+        """Threads of a step; none: as many as torch takes."""
         progress: bool = True
         """Whether to show progress bars."""
 
     options = tyro.cli(
         Run, args=args[1:], default=Run(default), prog=f"fastapd run {name}", config=(tyro.conf.AvoidSubcommands,)
     )
-    return _experiment(options.config, options.out, None, options.progress)
+    return _experiment(options.config, options.out, None, options.threads, options.progress)
 
 
-def _experiment(config: "RunConfig", out: Path | None, name: str | None, progress: bool) -> int:
+def _experiment(config: "RunConfig", out: Path | None, name: str | None, threads: int | None, progress: bool) -> int:
     import torch
 
     import fastapd
     from fastapd import backends, report
+    from fastapd.config import ConfigError
     from fastapd.experiments._run import run_experiment
 
     started = time.perf_counter()
-    threads = torch.get_num_threads()
-    print(f"fastapd {fastapd.__version__}   torch {torch.__version__}   {threads} threads   seed {config.seed}")
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"config: threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    running = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    print(f"fastapd {fastapd.__version__}   torch {torch.__version__}   {running}   seed {config.seed}")
     scores = torch.zeros(1, 1, 1)
     forced = backends.forced_backends() or backends.BACKENDS
     native = "cpu" in forced and not backends.explain("batch_topk", scores, 1)["cpu"]

@@ -43,11 +43,14 @@ def _fastapd(*args: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def _main(args: list[str]) -> int:
     """The exit status of a command, whether it returns it or exits as argument parsers do."""
+    threads = torch.get_num_threads()  # which a command may change
     try:
         return cli.main(args)
     except SystemExit as exit:
         assert isinstance(exit.code, int)
         return exit.code
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _file(path: Path, text: str = "", **changes: object) -> Path:
@@ -304,3 +307,9 @@ def test_cli_threads_sleep_unless_the_user_says_otherwise(monkeypatch, capsys, b
         monkeypatch.setenv("OMP_WAIT_POLICY", before)
     assert _main(["--help"]) == 0
     assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+def test_cli_refuses_a_run_without_threads(tmp_path, capsys):
+    assert _main(["demo", "--threads", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "config: threads must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
