@@ -43,7 +43,7 @@ def bench_table() -> str:
         times = medians[group]
         plain = min(t for contender, t in times.items() if contender.startswith("torch"))
         ours = times["fastapd"]
-        cells = (f"{1e3 * t:.3g} ms" for t in (times["upstream"], plain, ours))
+        cells = (f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (times["upstream"], plain, ours))
         rows.append(f"| {name} | {' | '.join(cells)} | {times['upstream'] / ours:.1f}x | {plain / ours:.2f}x |")
     return "\n".join(
         [
@@ -55,7 +55,8 @@ def bench_table() -> str:
             f"CPU time of one thread, {machine['dtype']}, {machine['cpu']['brand_raw']}, torch {machine['torch']};",
             "same inputs, agreement of losses, masks and gradients asserted first. The research formulation is our",
             "rewriting of what the APD repository computes; plain torch is the fastest formulation we know, written by",
-            f"hand for this model. From `bench/results/{path.name}`, where every operation stands too.",
+            "hand for this model, with tangents in place of output gradients: fastapd does not have that form yet.",
+            f"From `bench/results/{path.name}`, where every operation stands too.",
         ]
     )
 
