@@ -2,8 +2,8 @@
 
 One step of APD in top-k mode, in this order, which is the research code's (so that its trajectories can be replayed):
 unit norm -> learning rate -> batch -> target (recorded) -> attributions -> selection -> masked forward -> losses ->
-backward -> tangential gradients -> AdamW. Nothing differentiates through attributions or into the target, and the
-forward of all components runs only when a loss or the attribution asks for it.
+backward -> tangential gradients -> AdamW. Nothing differentiates into the target, nor through attributions except in
+the Lp form; the forward of all components runs only when a loss or the attribution asks for it.
 """
 
 from __future__ import annotations
