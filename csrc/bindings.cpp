@@ -106,6 +106,58 @@ bool run_attribution_backward(const std::vector<LayerArguments>& arguments, Addr
                                                   n_instances, batch, n_components, n_outputs, threads))
 }
 
+// A program as flat lists: inputs (x, width), lefts (At, input, rank), terms (F, source, barrier), barriers (gate or 0,
+// width), links (L, from, to, stride_i); then n_instances, batch, n_components.
+struct TangentArguments {
+  std::vector<std::array<int64_t, 2>> inputs;
+  std::vector<std::array<int64_t, 3>> lefts, terms;
+  std::vector<std::array<int64_t, 2>> barriers;
+  std::vector<std::array<int64_t, 4>> links;
+  std::array<int64_t, 3> sizes;
+};
+
+template <class T>
+const T* entry(int64_t address) {
+  return at<const T>(static_cast<Address>(address));
+}
+
+template <class T>
+struct Tangent {
+  explicit Tangent(const TangentArguments& a) {
+    for (const auto& e : a.inputs) inputs.push_back({entry<T>(e[0]), e[1]});
+    for (const auto& e : a.lefts) lefts.push_back({entry<T>(e[0]), e[1], e[2]});
+    for (const auto& e : a.terms) terms.push_back({entry<T>(e[0]), e[1], e[2]});
+    for (const auto& e : a.barriers) barriers.push_back({entry<T>(e[0]), e[1]});
+    for (const auto& e : a.links) links.push_back({entry<T>(e[0]), e[1], e[2], e[3]});
+    const auto size = [](const auto& list) { return static_cast<int64_t>(list.size()); };
+    program = {inputs.data(), lefts.data(), terms.data(), barriers.data(), links.data(),
+               {a.sizes[0], a.sizes[1], a.sizes[2], size(inputs), size(lefts), size(terms), size(barriers),
+                size(links)}};
+  }
+  std::vector<TangentInput<T>> inputs;
+  std::vector<TangentLeft<T>> lefts;
+  std::vector<TangentTerm<T>> terms;
+  std::vector<TangentBarrier<T>> barriers;
+  std::vector<TangentLink<T>> links;
+  TangentProgram<T> program;
+};
+
+template <class T>
+bool run_tangent(const TangentArguments& arguments, Address out, int threads) {
+  const Tangent<T> t(arguments);
+  FASTAPD_AT_LEVEL(attribution_tangent<T>(t.program, at<T>(out), threads))
+}
+
+template <class T>
+bool run_tangent_backward(const TangentArguments& arguments, Address grad, const std::vector<Address>& grad_At,
+                          const std::vector<Address>& grad_F, int threads) {
+  const Tangent<T> t(arguments);
+  std::vector<T*> to_A, to_F;
+  for (const Address a : grad_At) to_A.push_back(at<T>(a));
+  for (const Address f : grad_F) to_F.push_back(at<T>(f));
+  FASTAPD_AT_LEVEL(attribution_tangent_backward<T>(t.program, at<const T>(grad), to_A.data(), to_F.data(), threads))
+}
+
 template <class T>
 void run_sum_loss(Address residual, Address target, Address loss, int64_t n_instances, int64_t n, int threads) {
   FASTAPD_AT_LEVEL(component_sum_loss<T>(at<T>(residual), at<const T>(target), at<T>(loss), n_instances, n, threads))
@@ -156,6 +208,8 @@ void bind_ops(py::module_& m, const std::string& dtype) {
   m.def(("schatten_masked_" + dtype).c_str(), releasing(&run_schatten_masked<T>));
   m.def(("attribution_reduce_" + dtype).c_str(), releasing(&run_attribution<T>));
   m.def(("attribution_reduce_backward_" + dtype).c_str(), releasing(&run_attribution_backward<T>));
+  m.def(("attribution_tangent_" + dtype).c_str(), releasing(&run_tangent<T>));
+  m.def(("attribution_tangent_backward_" + dtype).c_str(), releasing(&run_tangent_backward<T>));
   m.def(("component_sum_loss_" + dtype).c_str(), &run_sum_loss<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_" + dtype).c_str(), &run_forward<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_backward_" + dtype).c_str(), &run_backward<T>,
@@ -168,6 +222,13 @@ const std::vector<std::string> kLevelNames = {"baseline", "avx2", "avx512"};
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastapd; every function takes data addresses, sizes and a thread count.";
+  py::class_<TangentArguments>(m, "TangentArguments")
+      .def(py::init([](std::vector<std::array<int64_t, 2>> inputs, std::vector<std::array<int64_t, 3>> lefts,
+                       std::vector<std::array<int64_t, 3>> terms, std::vector<std::array<int64_t, 2>> barriers,
+                       std::vector<std::array<int64_t, 4>> links, std::array<int64_t, 3> sizes) {
+        return TangentArguments{std::move(inputs),   std::move(lefts), std::move(terms),
+                                std::move(barriers), std::move(links), sizes};
+      }));
   bind_ops<float>(m, "float32");
   bind_ops<double>(m, "float64");
   m.def("cpu_levels", [] {

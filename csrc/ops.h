@@ -40,6 +40,56 @@ struct AttributionLayer {
   int64_t g_stride_i, g_stride_b, g_stride_o;  // in elements; the last axis is dense
 };
 
+// A network in gated linear form, for attribution_tangent. Its barriers are its nonlinearities in the order of the forward
+// pass; the last one is the output.
+struct TangentSizes {
+  int64_t n_instances, batch, n_components, n_inputs, n_lefts, n_terms, n_barriers, n_links;
+};
+
+template <class T>
+struct TangentInput {
+  const T* x;  // [I, b, width]
+  int64_t width;
+};
+
+// A source of width rank, u = x A_c, from one of the inputs.
+template <class T>
+struct TangentLeft {
+  const T* At;  // [I, C, rank, width]
+  int64_t input, rank;
+};
+
+// What a source adds to a barrier: its row times F_c. Sources are the inputs, then the lefts.
+template <class T>
+struct TangentTerm {
+  const T* F;  // [I, C, width of the source, width of the barrier]
+  int64_t source, barrier;
+};
+
+template <class T>
+struct TangentBarrier {
+  const T* gate;  // [I, b, width], or null for ones
+  int64_t width;
+};
+
+// What a barrier's gated tangent adds to a later one.
+template <class T>
+struct TangentLink {
+  const T* L;  // [I, width of from, width of to] by stride_i, which is 0 when the instances share it
+  int64_t from, to, stride_i;
+};
+
+// All arrays of a program; terms and links in any order.
+template <class T>
+struct TangentProgram {
+  const TangentInput<T>* inputs;
+  const TangentLeft<T>* lefts;
+  const TangentTerm<T>* terms;
+  const TangentBarrier<T>* barriers;
+  const TangentLink<T>* links;
+  TangentSizes n;
+};
+
 struct SchattenSizes {
   int64_t n_instances, n_components, rank, d_in, d_out;
 };
@@ -67,6 +117,15 @@ struct ForwardSizes {
   bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_layers, const T* grad,                 \
                                    T* const* grad_At, T* const* grad_B, int64_t n_instances, int64_t batch,            \
                                    int64_t n_components, int64_t n_outputs, int threads);                              \
+  /* out [I, b, C] = |gate t|^2 at the last barrier, t_j = sum over terms source F_c + sum over links (gate_i t_i) L_ij. */ \
+  /* Returns false when its workspace (a block of samples of all sources, gates and barriers a thread) fails. */       \
+  template <class T>                                                                                                   \
+  bool attribution_tangent(const TangentProgram<T>& program, T* out, int threads);                                     \
+  /* The gradients of sum grad * out, grad [I, b, C], by every left's At and every term's F, in their layouts. */      \
+  /* Workspace: all inputs and gates once more, and for each thread the gradients of one component. */                 \
+  template <class T>                                                                                                   \
+  bool attribution_tangent_backward(const TangentProgram<T>& program, const T* grad, T* const* grad_At,                \
+                                    T* const* grad_F, int threads);                                                    \
   /* residual [I, n] -= target, in place, and loss [I] = sum residual^2. */                                            \
   template <class T>                                                                                                   \
   void component_sum_loss(T* residual, const T* target, T* loss, int64_t n_instances, int64_t n, int threads);         \

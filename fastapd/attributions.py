@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastapd import planning
 from fastapd.components import Components
 from fastapd.model import ComponentModel, Record
 from fastapd.ops import attribution_reduce
@@ -49,16 +50,24 @@ def gradient_attributions(model: ComponentModel, record: Record, norm: bool = Fa
     Source: Braun et al. 2025, appendix A.1; `calc_grad_attributions` of ApolloResearch/apd has no square root and no
         1/n_outputs.
     """
+    squares = _gradient_squares(model, record)
+    return (squares / record.output.shape[-1]).sqrt() if norm else squares
+
+
+def _gradient_squares(model: ComponentModel, record: Record) -> Float[Tensor, "I b C"]:
+    if record.found is not None and (plan := model.plan(record.found.values[0])).form == "tangent":
+        assert not isinstance(model.chain, str)
+        rows = model.sites[0].to_instances
+        return planning.attributions(plan, model.form(record.found), model.chain, record.found, model.components, rows)
     gradients = output_gradients(record)
     names = [site.name for site in model.sites]
     factors = [model.components.factors(name) for name in names]
-    squares = attribution_reduce(
+    return attribution_reduce(
         [record.inputs[name] for name in names],
         [gradients[name].detach() for name in names],
         [A for A, _ in factors],
         [B for _, B in factors],
     )
-    return (squares / record.output.shape[-1]).sqrt() if norm else squares
 
 
 @torch.no_grad()

@@ -49,6 +49,14 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce_backward",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce_backward",
     },
+    "attribution_tangent": {
+        "cpu": "fastapd.ops._attribution_tangent:cpu_attribution_tangent",
+        "reference": "fastapd.reference.attribution_tangent:attribution_tangent",
+    },
+    "attribution_tangent_backward": {
+        "cpu": "fastapd.ops._attribution_tangent:cpu_attribution_tangent_backward",
+        "reference": "fastapd.reference.attribution_tangent:attribution_tangent_backward",
+    },
     "batch_topk": {
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",

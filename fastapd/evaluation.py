@@ -88,7 +88,7 @@ def _attributions(model: ComponentModel, method: APD, x: Tensor, target: Record 
             return ablation_attributions(model, x, full.output)
         record = target
         if record is None:
-            record = model.record_target(x, differentiable=True, of_components=True)
+            record = model.record_target(x, model.plan(x).form == "reverse", of_components=True)
         return gradient_attributions(model, record, method.attribution_norm)
 
 
@@ -112,7 +112,7 @@ def evaluate(
         distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
     """
     of_target = method.attribution == "gradient" and method.attribution_model == "target"
-    target = model.record_target(x, differentiable=of_target)
+    target = model.record_target(x, differentiable=of_target and model.plan(x).form == "reverse")
     output = target.output.detach()
     distance = distance or losses.DISTANCES[method.distance]
     rows = model.to_instances  # outputs as [n_instances, batch, n_outputs]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastapd._chain import Chain, NotAChainError, trace
 from fastapd.components import Components, LayerShape
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
+from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_form
 
 
 class Linear(nn.Module):
@@ -143,11 +146,16 @@ def _replaced(sites: Sequence[Site], layer: Callable[[Site, Tensor], Tensor]) ->
 
 
 class Record(NamedTuple):
-    """What passed through the sites: the target's output, and each site's inputs and outputs before the bias."""
+    """What passed through the sites: the target's output, and each site's inputs and outputs before the bias.
+
+    Attributes:
+        found: Where the target is a chain, the values of all its steps and the matrices of the sites.
+    """
 
     output: Tensor
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    found: Values | None = None
 
 
 class ComponentModel:
@@ -170,6 +178,11 @@ class ComponentModel:
                     f"[n_instances, d_in, d_out], got {components.extra_repr()}"
                 )
         self.target, self.sites, self.components = target, list(sites), components
+        self._by_name = {site.name: site for site in self.sites}
+        self._chain_checked = False
+        self._plans: dict[Any, Plan] = {}
+        self._form: Form | None = None
+        self._form_key: list[tuple[int, int]] = []
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -215,9 +228,7 @@ class ComponentModel:
             inputs[site.name], outputs[site.name] = rows, y
             return site.from_instances(y, x)
 
-        with _replaced(self.sites, layer):
-            output = self.target(x)
-        return Record(output, inputs, outputs)
+        return Record(self._run(x, layer)[0], inputs, outputs)
 
     def record_target(self, x: Tensor, differentiable: bool = False, of_components: bool = False) -> Record:
         """Runs the target itself and records its sites.
@@ -230,15 +241,78 @@ class ComponentModel:
         """
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
 
         def layer(site: Site, x: Tensor) -> Tensor:
             rows = site.to_instances(x)
-            y = rows @ (self.components.weight(site.name).detach() if of_components else site.weight)
+            weights[site.name] = self.components.weight(site.name).detach() if of_components else site.weight
+            y = rows @ weights[site.name]
             if differentiable and not y.requires_grad:
                 y.requires_grad_()
             inputs[site.name], outputs[site.name] = rows.detach(), y
             return site.from_instances(y, x)
 
-        with _replaced(self.sites, layer), torch.set_grad_enabled(differentiable):
-            output = self.target(x)
-        return Record(output, inputs, outputs)
+        with torch.set_grad_enabled(differentiable):
+            output, values = self._run(x, layer)
+        return Record(output, inputs, outputs, None if values is None else Values(values, weights))
+
+    def _run(self, x: Tensor, layer: Callable[[Site, Tensor], Tensor]) -> tuple[Tensor, list[Tensor] | None]:
+        """The target's output with its sites replaced, and the values of its chain if it is one."""
+        def target() -> Tensor:
+            with _replaced(self.sites, layer):
+                return self.target(x)
+
+        if isinstance(self.chain, str):
+            return target(), None
+        expected = None if self._chain_checked else target()
+        values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows))
+        output = values[-1]
+        if expected is not None and expected.numel():
+            if output.shape != expected.shape or not torch.allclose(output, expected, 1e-5, 1e-6, equal_nan=True):
+                self.chain = "run by itself it gives another output than what was traced of it"
+                return target(), None
+            self._chain_checked = True
+        return output, values
+
+    @functools.cached_property
+    def chain(self) -> Chain | str:
+        """The target as a chain of linear maps and nonlinearities, or why it is none.
+
+        Its first output is compared with the target's own. The target must not change its structure afterwards; its
+        parameters may.
+        """
+        if len({site.adapter.instances for site in self.sites}) > 1:
+            return "only some of its layers have an axis of instances"
+        linears = {
+            kind: (lambda m, adapter=adapter: adapter.weight(m), lambda m, adapter=adapter: adapter.bias(m))
+            for kind, adapter in _ADAPTERS.items()
+        }
+        try:
+            return trace(self.target, {site.name: site.module for site in self.sites}, linears)
+        except NotAChainError as error:
+            return str(error)
+
+    def plan(self, x: Tensor) -> Plan:
+        """How gradient attributions of a batch like x are computed; decided once for every shape."""
+        key = (tuple(x.shape), x.dtype, x.device)
+        if key not in self._plans:
+            found = self.record_target(x).found
+            if found is None:
+                reason = self.chain if isinstance(self.chain, str) else "its batch is empty"
+                return Plan("reverse", f"the target is not a chain of linear maps and nonlinearities: {reason}", (), {})
+            n_rows = self.sites[0].to_instances(x).shape[1]
+            c = self.components
+            sizes = Sizes(c.n_instances, n_rows, c.n_components, c.rank, x.element_size())
+            assert not isinstance(self.chain, str)
+            self._plans[key] = choose(self.form(found), self.chain, found, sizes)
+        return self._plans[key]
+
+    def form(self, found: Values) -> Form:
+        """The chain's gated linear form; kept until a constant of the target changes."""
+        assert not isinstance(self.chain, str)
+        constants = [get() for step in self.chain.steps for get in (step.matrix, step.constant) if get is not None]
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*constants, *found.weights.values())]
+        if key != self._form_key:
+            self._form, self._form_key = gated_linear_form(self.chain, found), key
+        assert self._form is not None
+        return self._form

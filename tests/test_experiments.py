@@ -344,8 +344,8 @@ def _first_pairs(right, scores, n_pairs):
 @pytest.mark.parametrize(
     "op, wrong",
     [
-        ("attribution_reduce", _scaled),
-        ("attribution_reduce", _nan),
+        ("attribution_tangent", _scaled),
+        ("attribution_tangent", _nan),
         ("component_forward_selected", _scaled_pair),
         ("batch_topk", _first_pairs),
     ],

@@ -1,6 +1,9 @@
 """The public hot operations, one file each; the same stem names an op's reference, kernels, tests and benchmark."""
 
 from fastapd.ops._attribution_reduce import attribution_reduce as attribution_reduce
+from fastapd.ops._attribution_tangent import TangentBarrier as TangentBarrier
+from fastapd.ops._attribution_tangent import TangentSource as TangentSource
+from fastapd.ops._attribution_tangent import attribution_tangent as attribution_tangent
 from fastapd.ops._batch_topk import Selection as Selection
 from fastapd.ops._batch_topk import batch_topk as batch_topk
 from fastapd.ops._batch_topk import sample_topk as sample_topk
@@ -14,7 +17,10 @@ from fastapd.ops._component_sum import component_sum_loss as component_sum_loss
 
 __all__ = [
     "Selection",
+    "TangentBarrier",
+    "TangentSource",
     "attribution_reduce",
+    "attribution_tangent",
     "batch_topk",
     "component_forward",
     "component_forward_selected",
