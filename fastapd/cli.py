@@ -1,4 +1,4 @@
-"""The command line: `fastapd demo`, `fastapd run`, `fastapd info`.
+"""The command line: `fastapd demo`, `fastapd run`, `fastapd plan`, `fastapd info`.
 
 Nothing heavy is imported before the command is known: the environment must be set before torch loads its threads.
 Annotations are evaluated here, not kept as text: tyro reads those of `_run`'s options, whose types are local names.
@@ -18,6 +18,7 @@ HELP = """usage: fastapd COMMAND [OPTIONS]
 
   fastapd demo                     train toy models of superposition, decompose them, show that it worked (a minute)
   fastapd run NAME|FILE [OPTIONS]  run an experiment with the paper's settings, or a config file; `run` alone lists them
+  fastapd plan NAME|FILE [OPTIONS] how a step of that run computes attributions, and what it costs; runs nothing
   fastapd info                     versions, devices, native modules, and which backend runs each op and why
 
 Each command takes --help. Exit status: 0 done, 1 nothing was recovered, 2 wrong input, 130 interrupted.
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # Shared cores make spinning OpenMP threads many times slower than sleeping ones; the user's own setting wins.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    commands = {"demo": _demo, "run": _run, "info": _info}
+    commands = {"demo": _demo, "run": _run, "plan": _plan, "info": _info}
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if args else 2
@@ -100,18 +101,11 @@ def _demo(args: list[str]) -> int:
 def _run(args: list[str]) -> int:
     import tyro
 
-    from fastapd.config import RunConfig, load
-    from fastapd.experiments import get, registered
+    from fastapd.config import RunConfig
 
     if not args or args[0] in ("-h", "--help"):
-        print("usage: fastapd run NAME|FILE.yaml [OPTIONS]     (fastapd run NAME --help lists the options)\n")
-        for name, known in registered().items():
-            size = f"C {known.n_components}, {known.n_instances} instances, {known.steps} steps of {known.batch}"
-            print(f"  {name:12s} {size}")
-        return 0 if args else 2
-    name = args[0]
-    is_file = name.endswith((".yaml", ".yml")) or os.sep in name
-    default = load(name) if is_file else get(name)
+        return _names("run", args)
+    default = _settings(args[0])
 
     @dataclass
     class Run:
@@ -126,7 +120,7 @@ def _run(args: list[str]) -> int:
         """Whether to show progress bars."""
 
     options = tyro.cli(
-        Run, args=args[1:], default=Run(default), prog=f"fastapd run {name}", config=(tyro.conf.AvoidSubcommands,)
+        Run, args=args[1:], default=Run(default), prog=f"fastapd run {args[0]}", config=(tyro.conf.AvoidSubcommands,)
     )
     return _experiment(options.config, options.out, None, options.threads, options.progress)
 
@@ -159,6 +153,42 @@ def _experiment(config: "RunConfig", out: Path | None, name: str | None, threads
     print(f"report         {outcome.directory / 'report.html'}")
     print(f"took           {time.perf_counter() - started:.0f} s")
     return 0 if check.recovered else 1
+
+
+def _names(command: str, args: list[str]) -> int:
+    """What may stand behind a command: the registered experiments."""
+    from fastapd.experiments import registered
+
+    print(f"usage: fastapd {command} NAME|FILE.yaml [OPTIONS]     (fastapd {command} NAME --help lists the options)\n")
+    for name, known in registered().items():
+        size = f"C {known.n_components}, {known.n_instances} instances, {known.steps} steps of {known.batch}"
+        print(f"  {name:12s} {size}")
+    return 0 if args else 2
+
+
+def _settings(name: str) -> "RunConfig":
+    """Of a registered experiment or a config file."""
+    from fastapd.config import load
+    from fastapd.experiments import get
+
+    return load(name) if name.endswith((".yaml", ".yml")) or os.sep in name else get(name)
+
+
+def _plan(args: list[str]) -> int:
+    import tyro
+
+    from fastapd.config import RunConfig
+
+    if not args or args[0] in ("-h", "--help"):
+        return _names("plan", args)
+    flags = (tyro.conf.AvoidSubcommands,)
+    config = tyro.cli(
+        RunConfig, args=args[1:], default=_settings(args[0]), prog=f"fastapd plan {args[0]}", config=flags
+    )
+    from fastapd import _plan
+
+    print("\n".join(_plan.lines(config)))
+    return 0
 
 
 def _info(args: list[str]) -> int:

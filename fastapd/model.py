@@ -258,6 +258,7 @@ class ComponentModel:
 
     def _run(self, x: Tensor, layer: Callable[[Site, Tensor], Tensor]) -> tuple[Tensor, list[Tensor] | None]:
         """The target's output with its sites replaced, and the values of its chain if it is one."""
+
         def target() -> Tensor:
             with _replaced(self.sites, layer):
                 return self.target(x)

@@ -252,9 +252,7 @@ def _options(form: Form, chain: Chain) -> list[list[tuple[tuple[int, ...], bool,
     return every
 
 
-def _tangent_cost(
-    form: Form, found: Values, sizes: Sizes, choice: Sequence[SiteChoice]
-) -> Cost | None:
+def _tangent_cost(form: Form, found: Values, sizes: Sizes, choice: Sequence[SiteChoice]) -> Cost | None:
     """None if a product would be too large."""
     n, C, m = sizes.n_instances, sizes.n_components, sizes.rank
     pairs = n * sizes.batch * C

@@ -26,6 +26,11 @@ def family(config: RunConfig) -> ModuleType:
     return importlib.import_module(_FAMILIES[config.target.family])
 
 
+def targets(config: RunConfig) -> ModuleType:
+    """The module with `LAYERS` and `untrained(config)` of a config's target, whether or not it can be run."""
+    return importlib.import_module(f"fastapd.experiments.{config.target.family}")
+
+
 def registered() -> dict[str, RunConfig]:
     """The paper's settings of every experiment, by name."""
     modules = [importlib.import_module(path) for path in _FAMILIES.values()]

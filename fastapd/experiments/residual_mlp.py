@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastapd.config import ResidualMLPTarget, RunConfig
 from fastapd.model import Linear
+
+LAYERS = ("layers.*.mlp_in", "layers.*.mlp_out")
+"""The decomposed modules."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu}
 
@@ -70,3 +74,10 @@ class ResidualMLP(nn.Module):
             r = r + layer(r)
         y = r @ self.W_U  # [I, b, n_features]
         return y if self.output_act is None else self.output_act(y)
+
+
+def untrained(config: RunConfig) -> ResidualMLP:
+    """The target of a run, all zeros."""
+    t = config.target
+    assert isinstance(t, ResidualMLPTarget)
+    return ResidualMLP(config.n_instances, t.n_features, t.d_embed, t.d_mlp, t.n_layers, t.act)

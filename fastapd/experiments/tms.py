@@ -66,6 +66,12 @@ class TMS(nn.Module):
         return torch.relu(self.linear2(self.linear1(x)) + self.b_final)
 
 
+def untrained(config: RunConfig) -> TMS:
+    """The target of a run, all zeros."""
+    assert isinstance(config.target, TMSTarget)
+    return TMS(config.n_instances, config.target.n_features, config.target.n_hidden)
+
+
 def sparse_features(
     n_instances: int, batch: int, n_features: int, probability: float, generator: torch.Generator, low: float = 0.0
 ) -> Iterator[Float[Tensor, "I b F"]]:
@@ -99,7 +105,7 @@ def train_target(config: RunConfig, progress: bool = False) -> tuple[TMS, dict[s
     settings = config.target
     assert isinstance(settings, TMSTarget)
     generator = stream(config.seed, "target")
-    target = TMS(config.n_instances, settings.n_features, settings.n_hidden)
+    target = untrained(config)
     with torch.no_grad():
         # Xavier normal as torch computes it for a 3-D tensor: both fans are multiplied by the trailing width.
         std = math.sqrt(2 / ((settings.n_features + config.n_instances) * settings.n_hidden))

@@ -1,0 +1,101 @@
+"""What `fastapd plan` prints: which formulation a step's attributions take, what was weighed, and what it costs."""
+
+from __future__ import annotations
+
+import torch
+
+from fastapd import backends
+from fastapd._random import stream
+from fastapd.components import Components
+from fastapd.config import RunConfig
+from fastapd.experiments import targets
+from fastapd.model import ComponentModel, find_sites
+from fastapd.planning import ONES, Form, SiteChoice
+from fastapd.report import format_table
+
+
+def lines(config: RunConfig) -> list[str]:
+    """The plan of a run's training step, line by line; the target need not be trained for it."""
+    family = targets(config)
+    target = family.untrained(config).to(getattr(torch, config.dtype))
+    sites = find_sites(target, family.LAYERS)
+    shapes = {site.name: site.shape for site in sites}
+    generator = stream(config.seed, "components")
+    components = Components(shapes, config.n_components, config.rank, config.n_instances, generator=generator)
+    model = ComponentModel(target, sites, components.to(getattr(torch, config.dtype)))
+    # What a value is does not matter, as long as nothing is empty: widths decide.
+    x = torch.rand(config.n_instances, config.batch, config.target.n_features, dtype=getattr(torch, config.dtype))
+    return describe(model, x)
+
+
+def describe(model: ComponentModel, x: torch.Tensor) -> list[str]:
+    """The plan for a batch like x, line by line."""
+    plan, components = model.plan(x), model.components
+    layers = ", ".join(f"{s.name} {list(s.weight.shape[1:])}" for s in model.sites)
+    batch = model.sites[0].to_instances(x).shape[1]
+    out = [
+        f"target         {type(model.target).__name__}: {layers}",
+        f"sizes          {components.n_instances} instances, batch {batch}, C {components.n_components}, "
+        f"rank {components.rank}",
+        f"attributions   {plan.form} form. {plan.reason[0].upper()}{plan.reason[1:]}.",
+    ]
+    op = "attribution_tangent" if plan.form == "tangent" else "attribution_reduce"
+    forced = backends.forced_backends()
+    out.append(
+        f"op             {op}{f', forced to {chr(44).join(forced)}' if forced else ''} (`fastapd info` explains)"
+    )
+    if plan.costs:
+        rows = [
+            (form, f"{cost.flops / 1e9:.3g}", f"{cost.n_bytes / 1e6:.3g}", "chosen" if form == plan.form else "")
+            for form, cost in plan.costs.items()
+        ]
+        out += ["", format_table(("form", "GFLOP a batch", "MB held", ""), rows)]
+    if plan.sites:
+        found = model.record_target(x).found
+        assert found is not None
+        form = model.form(found)
+        widths = [value.shape[-1] for value in found.values]
+        rows = [(s.name, _start(model, s, widths), _products(s), _ends(model, form, s)) for s in plan.sites]
+        out += ["", format_table(("site", "tangents start from", "by", "and reach"), rows)]
+        out += ["", f"between        {_links(model, form)}"]
+    return out
+
+
+def _start(model: ComponentModel, site: SiteChoice, widths: list[int]) -> str:
+    assert not isinstance(model.chain, str)
+    names = ["ones [1]" if k == ONES else f"{_value(model, k)} [{widths[k]}]" for k in site.head]
+    return " and ".join(names) + (", folded into A" if site.folded else "")
+
+
+def _value(model: ComponentModel, number: int) -> str:
+    assert not isinstance(model.chain, str)
+    step = model.chain.steps[number]
+    if step.kind == "input":
+        return "the input"
+    if step.kind != "elementwise":
+        return f"{step.name}'s output"
+    before = model.chain.steps[step.sources[0]]
+    while before.kind == "shift":
+        before = model.chain.steps[before.sources[0]]
+    return f"{step.name} after {before.name}"
+
+
+def _products(site: SiteChoice) -> str:
+    return "A B, one product" if site.product else "A, then B"
+
+
+def _barrier(model: ComponentModel, form: Form, j: int) -> str:
+    if j == len(form.widths) - 1:
+        return f"the output [{form.widths[j]}]"
+    return f"{_value(model, form.barriers[j])} [{form.widths[j]}]"
+
+
+def _ends(model: ComponentModel, form: Form, site: SiteChoice) -> str:
+    tails = form.tails[site.name].items()
+    return ", ".join(_barrier(model, form, j) + ("" if m is None else ", folded into B") for j, m in tails)
+
+
+def _links(model: ComponentModel, form: Form) -> str:
+    if not form.links:
+        return "no nonlinearity before the output"
+    return "; ".join(f"{_barrier(model, form, i)} to {_barrier(model, form, j)}" for i, j in sorted(form.links))
