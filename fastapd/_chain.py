@@ -223,8 +223,7 @@ class _Reader:
             values[0] is not None and not any(isinstance(a, fx.Node) for a in (*args[1:], *kwargs.values()))
         ):
             kwargs.pop("inplace", None)  # a value may be needed again
-            run = getattr(torch.Tensor, str(function)) if node.op == "call_method" else function
-            assert callable(run)
+            run: Any = getattr(torch.Tensor, str(function)) if node.op == "call_method" else function
             rest = args[1:]
             is_relu = function in (torch.relu, F.relu, "relu")
             step = Step("elementwise", (values[0],), name, lambda v: run(v, *rest, **kwargs), is_relu=is_relu)

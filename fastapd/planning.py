@@ -1,8 +1,8 @@
 """Which exact formulation of the gradient attributions is the cheapest for a target, a batch and its components.
 
-A target that is a chain (`_chain`) has a *gated linear form*: its nonlinearities, and last its output, are barriers; from
-what a component's weights write, and from one barrier to a later one, lead linear paths that are the same for every
-sample and are multiplied out once. Then there are these choices:
+A target that is a chain (`_chain`) has a *gated linear form*: its nonlinearities, and last its output, are barriers;
+from what a component's weights write, and from one barrier to a later one, lead linear paths that are the same for
+every sample and are multiplied out once. Then there are these choices:
 
     tangent   attributions by `ops.attribution_tangent`, no output gradients at all; for every site
                 head     its input itself, or, where the input is a linear image of narrower values, those values, with

@@ -240,15 +240,15 @@ def attribution_tangent(
     t_j = sum_k s_k F_kj + sum_{i<j} (g_i t_i) L_ij,    s_k = x_k A_k or x_k,    a_bc = sum_o ( g_J t_J )_o^2
 
     Every network of linear maps, sums and elementwise nonlinearities has this form: its barriers j = 1..J are its
-    nonlinearities and, last, its output; g_j is the derivative of the nonlinearity on a sample, L_ij the linear path from
-    one to the next, F_kj what a component's weights send there. Then t_J is the derivative of the outputs along the
-    component's weights, which is what `attribution_reduce` squares, too.
+    nonlinearities and, last, its output; g_j is the derivative of the nonlinearity on a sample, L_ij the linear path
+    from one to the next, F_kj what a component's weights send there. Then t_J is the derivative of the outputs along
+    the component's weights, which is what `attribution_reduce` squares, too.
 
     Args:
         sources: Each with inputs [.., batch, width], left factors [.., n_components, width, rank] or None, and a matrix
             for each barrier that it reaches.
-        barriers: In the order of the forward pass, each with its width, its gate [.., batch, width] or None, and a matrix
-            for each later barrier that it leads to; a link's leading axis may be 1 where the instances share it.
+        barriers: In the order of the forward pass, each with its width, its gate [.., batch, width] or None, and a
+            matrix for each later barrier that it leads to; a link's leading axis may be 1 where the instances share it.
 
     Returns:
         Attributions [.., batch, n_components], >= 0; no square root and no division by the number of outputs.
