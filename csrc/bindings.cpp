@@ -63,11 +63,11 @@ void run_forward(Address x, Address At, Address B, const SelectionAddresses& s, 
 
 template <class T>
 void run_backward(Address grad_y, Address x, Address At, Address B, Address u, const SelectionAddresses& s,
-                  Address grad_u, Address grad_x, Address grad_At, Address grad_B, const ForwardShape& n,
-                  int threads) {
+                  Address grad_u, Address grad_x, Address grad_At, Address grad_B, bool accumulate,
+                  const ForwardShape& n, int threads) {
   FASTAPD_AT_LEVEL(component_forward_selected_backward<T>(
       at<const T>(grad_y), at<const T>(x), at<const T>(At), at<const T>(B), at<const T>(u), selection_at(s),
-      at<T>(grad_u), at<T>(grad_x), at<T>(grad_At), at<T>(grad_B), sizes_of(n), threads))
+      at<T>(grad_u), at<T>(grad_x), at<T>(grad_At), at<T>(grad_B), accumulate, sizes_of(n), threads))
 }
 
 // x, g, At, B, d_in, d_out, rank, and the strides of g by instance, sample and output

@@ -145,11 +145,12 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y,                \
                                   ForwardSizes sizes, int threads);                                                    \
-  /* grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null. */              \
+  /* grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null. If accumulate,  */ \
+  /* grad_At and grad_B are added to, and what belongs to components without pairs is neither read nor written. */     \
   template <class T>                                                                                                   \
   void component_forward_selected_backward(const T* grad_y, const T* x, const T* At, const T* B, const T* u,           \
                                            Selection selection, T* grad_u, T* grad_x, T* grad_At, T* grad_B,           \
-                                           ForwardSizes sizes, int threads);                                           \
+                                           bool accumulate, ForwardSizes sizes, int threads);                          \
   }
 
 FASTAPD_DECLARE_LEVEL(baseline)

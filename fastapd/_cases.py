@@ -108,6 +108,13 @@ def selected_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     return source.inputs(case, case.d_in), A, B, selection
 
 
+def accumulated_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    x, A, B, selection = selected_inputs(case, source)
+    grad_y = source.normal(case.n_instances, case.batch, case.d_out)
+    u = source.normal(case.n_instances, case.n_pairs, case.rank)
+    return grad_y, x, A, B, u, selection, source.normal(*A.mT.shape), source.normal(*B.shape)
+
+
 def attribution_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     A, B = source.factors(case, case.d_in, case.d_out)
     second = (B.mT, A.mT) if case.tied else source.factors(case, case.d_out, case.d_in)

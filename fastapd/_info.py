@@ -15,14 +15,15 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
     """Small float32 arguments for every row of the backend table."""
     x, A, B = (torch.zeros(1, *s, device=device) for s in ((4, 3), (2, 3, 2), (2, 2, 5)))
     g, W, mask, counts = (torch.zeros(1, *s, device=device) for s in ((4, 5, 5), (3, 5), (4, 2), (2,)))
-    u = torch.zeros(1, 3, 2, device=device)
+    u, grad_y = torch.zeros(1, 3, 2, device=device), torch.zeros(1, 4, 5, device=device)
     selection = tuple(torch.zeros(1, n, dtype=torch.int32, device=device) for n in (3, 3, 3, 5, 3))
     return {
         "component_sum": (A, B),
         "component_sum_loss": (A, B, W),
         "component_forward": (x, A, B, mask),
         "component_forward_selected": (x, A, B, *selection),
-        "component_forward_selected_backward": (x.new_zeros(1, 4, 5), x, A, B, u, *selection, True, True, True),
+        "component_forward_selected_backward": (grad_y, x, A, B, u, *selection, True, True, True),
+        "component_forward_selected_accumulate": (grad_y, x, A, B, u, *selection, True, A.mT.contiguous(), B),
         "attribution_reduce": ([x], [g], [A], [B]),
         "attribution_reduce_backward": (mask, [x], [g], [A], [B]),
         "batch_topk": (mask, 3),

@@ -41,6 +41,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_backward",
         "reference": "fastapd.reference.component_forward:component_forward_selected_backward",
     },
+    "component_forward_selected_accumulate": {
+        "cpu": "fastapd.ops._component_forward:cpu_forward_selected_accumulate",
+        "reference": "fastapd.reference.component_forward:component_forward_selected_accumulate",
+    },
     "attribution_reduce": {
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce",
@@ -101,12 +105,18 @@ def _cuda_reasons(tensors: list[Tensor]) -> list[str]:
     return [f"the tensors are on {t.device}, not on a CUDA device" for t in tensors[:1] if t.device.type != "cuda"]
 
 
+# what the CPU kernels read as numbers, and whatever is no number to them: indices, counts, masks
+_CPU_DTYPES = {torch.float32, torch.float64, torch.int32, torch.int64, torch.bool}
+
+
 def _cpu_reasons(tensors: list[Tensor]) -> list[str]:
     native = _native.load("_C")
     if native.module is None:
         return [native.reason]
     reasons = []
     for t in tensors:
+        if t.is_cpu and t.dtype in _CPU_DTYPES:  # nearly always; the rest costs several times as much
+            continue
         if t.device.type != "cpu":
             reasons.append(f"the tensors are on {t.device}, not on the CPU")
             break
@@ -233,7 +243,9 @@ def choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """
     row = TABLE[op]
     forced = forced_backends()
-    tensors = _tensors(args)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if len(tensors) < len(args):  # lists of tensors, or numbers
+        tensors = _tensors(args)
     for backend in row if forced is None else forced:
         if backend in row and not _reasons(op, backend, args, tensors):
             return _load(row[backend])

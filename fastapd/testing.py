@@ -19,6 +19,7 @@ from fastapd._cases import CASES as CASES
 from fastapd._cases import EPS as EPS
 from fastapd._cases import Case as Case
 from fastapd._cases import P as P
+from fastapd.ops._component_forward import component_forward_selected_accumulate
 from fastapd.reference import attribution_reduce as reference_attribution
 from fastapd.reference import batch_topk as reference_topk
 from fastapd.reference import batched_svd as reference_svd
@@ -40,6 +41,36 @@ def _reference_forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = No
 
 def _reference_selected(x: Tensor, A: Tensor, B: Tensor, selection: ops.Selection) -> Tensor:
     return reference_forward.component_forward_selected(x, A, B, *selection)[0]
+
+
+def _accumulated(
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    u: Tensor,
+    selection: ops.Selection,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> tuple[Tensor, ...]:
+    """The op writes into its last two arguments: here into copies, which are outputs."""
+    buffers = [t.clone(memory_format=torch.contiguous_format) for t in (grad_At, grad_B)]
+    return component_forward_selected_accumulate(grad_y, x, A, B, u, selection, True, *buffers), *buffers
+
+
+def _reference_accumulated(
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    u: Tensor,
+    selection: ops.Selection,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> tuple[Tensor, ...]:
+    buffers = grad_At.clone(), grad_B.clone()
+    run = reference_forward.component_forward_selected_accumulate
+    return run(grad_y, x, A, B, u, *selection, True, *buffers), *buffers
 
 
 def _reference_topk_counts(scores: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +125,10 @@ def _terms_forward(x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> int:
     return _terms_factors(A, B) + x.shape[-2]
 
 
+def _terms_accumulated(grad_y: Tensor, *layer: Any) -> int:
+    return _terms_forward(*layer) + grad_y.shape[-1]
+
+
 def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> int:
     return sum(sum(t.shape[-2:]) for t in (*xs, *gs)) + sum(A.shape[-1] for A in As)
 
@@ -108,6 +143,8 @@ _OPS = {
         ops.component_forward, _reference_forward, _cases.forward_inputs, (0, 1, 2, 3), _terms_forward),
     "component_forward_selected": _Op(
         ops.component_forward_selected, _reference_selected, _cases.selected_inputs, (0, 1, 2), _terms_forward),
+    "component_forward_selected_accumulate": _Op(
+        _accumulated, _reference_accumulated, _cases.accumulated_inputs, (), _terms_accumulated),
     "attribution_reduce": _Op(
         ops.attribution_reduce, reference_attribution.attribution_reduce, _cases.attribution_inputs, (2, 3),
         _terms_attribution),
@@ -129,7 +166,8 @@ _OPS = {
 # fmt: on
 
 OPS = tuple(_OPS)
-"""The names that `inputs`, `run` and the rest take: the public ops, and the second forms of two of them."""
+"""The names that `inputs`, `run` and the rest take: the public ops, the second forms of two of them, and what the
+training step calls instead of one."""
 
 
 def cpu_backends(op: str) -> list[str]:

@@ -166,22 +166,32 @@ def forward_jobs(
 
     yield Job(source.name("component_forward_selected"), label, forward, forward_expected)
     u = pairs(u64).astype(source.dtype)
-    for need_x, need_A, need_B in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+    before = [source.normal(*factor.shape) for factor in (At, B)]  # what gradients are added to
+    for factor in before:
+        factor[~mask.any(1)] = np.nan  # of components without pairs
+    for need_x, need_A, need_B, add in ((1, 1, 1, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 1, 1)):
 
-        def backward(threads: int, needs: tuple = (need_x, need_A, need_B)) -> tuple[tuple, list[Array]]:
+        def backward(
+            threads: int, needs: tuple = (need_x, need_A, need_B), add: bool = bool(add)
+        ) -> tuple[tuple, list[Array]]:
             grad_u = poisoned(source.dtype, I, K, m)
-            shapes = ((I, b, d_in), (I, C, m, d_in), (I, C, m, d_out))
-            out = [poisoned(source.dtype, *shape) for shape in shapes]
+            out = [poisoned(source.dtype, *array.shape) for array in (x, At, B)]
+            if add:
+                out[1:] = [array.copy() for array in before]
             to = [address(o) if need else 0 for o, need in zip(out, needs, strict=True)]
-            args = (*map(address, (grad_y, x, At, B, u)), addresses, address(grad_u), *to, sizes, threads)
+            args = (*map(address, (grad_y, x, At, B, u)), addresses, address(grad_u), *to, add, sizes, threads)
             return args, [grad_u, *(o for o, need in zip(out, needs, strict=True) if need)]
 
-        def backward_expected(needs: tuple = (need_x, need_A, need_B)) -> list[tuple[Array, float]]:
+        def backward_expected(
+            needs: tuple = (need_x, need_A, need_B), add: bool = bool(add)
+        ) -> list[tuple[Array, float]]:
             values = [
                 sized(sums("ibcr,icrd->ibd", g64, At), sums("ibcr,icrd->ibd", abs(g64) + g_size, abs(At))),
                 sized(sums("ibcr,ibd->icrd", g64, x), sums("ibcr,ibd->icrd", abs(g64) + g_size, abs(x))),
                 sized(sums("ibcr,ibd->icrd", u64, grad_y), sums("ibcr,ibd->icrd", abs(u64) + u_size, abs(grad_y))),
             ]
+            if add:
+                values[1:] = [(v + b64, size + 4) for (v, size), b64 in zip(values[1:], before, strict=True)]
             wanted = d_in > 0 and ((needs[0] and I * b > 0) or (needs[1] and At.size > 0))
             through = pairs(g64) if wanted else np.full((I, K, m), np.nan)
             return [(through, g_size), *(v for v, need in zip(values, needs, strict=True) if need)]

@@ -113,6 +113,13 @@ def test_component_forward_selected_reference_is_its_formula(rng, chunk_elements
                 assert_equal(got, wanted)
             else:
                 assert got.shape == (0,)
+    for need_x in (True, False):
+        buffers = [tensor(rng.normal(size=a.shape)) for a in (grad_At, grad_B)]
+        before = [t.numpy().copy() for t in buffers]
+        found = component_forward.component_forward_selected_accumulate(*everything, need_x, *buffers)
+        assert_equal(found, grad_x if need_x else np.zeros(0))
+        for got, start, gradient in zip(buffers, before, (grad_At, grad_B), strict=True):
+            assert_equal(got, start + gradient)
 
 
 @CHUNKED

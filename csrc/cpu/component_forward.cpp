@@ -7,7 +7,7 @@
 //   outer       G[c, r, :] = sum_k v[k, r] x[sample k]       component-major; owner: one component
 // forward  = project(x, At) -> u, accumulate(u, B) -> y
 // backward = project(grad_y, B) -> grad_u, accumulate(grad_u, At) -> grad_x, outer(u, grad_y) -> grad_B,
-//            outer(grad_u, x) -> grad_At
+//            outer(grad_u, x) -> grad_At; outer writes its gradient or adds to it
 // Accumulation is in T, in registers. Above about one component in eight selected per sample, two dense GEMMs win.
 #include "../ops.h"
 #include "parallel.h"
@@ -114,8 +114,9 @@ void accumulate(const T* u, const T* f, Selection selection, T* y, int64_t n_ins
   });
 }
 
-// grad[r, 0 : V vectors] for R ranks of one component, held in registers over its pairs.
-template <class T, int R, int V>
+// grad[r, 0 : V vectors] for R ranks of one component, held in registers over its pairs; added to what is there, if
+// Add.
+template <class T, int R, int V, bool Add>
 inline void outer_tile(const T* v, const T* x, const int32_t* sample, int64_t n_pairs, int64_t rank, int64_t d,
                        T* grad) {
   vec<T> acc[R][V] = {};
@@ -127,24 +128,28 @@ inline void outer_tile(const T* v, const T* x, const int32_t* sample, int64_t n_
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int w = 0; w < V; ++w) store(grad + r * d + w * kLanes<T>, acc[r][w]);
+    for (int w = 0; w < V; ++w) {
+      T* to = grad + r * d + w * kLanes<T>;
+      store(to, Add ? load(to) + acc[r][w] : acc[r][w]);
+    }
 }
 
-template <class T, int R>
+template <class T, int R, bool Add>
 inline void outer_rows(const T* v, const T* x, const int32_t* sample, int64_t n_pairs, int64_t rank, int64_t d,
                        T* grad) {
   int64_t o = 0;
-  for (; o + 2 * kLanes<T> <= d; o += 2 * kLanes<T>) outer_tile<T, R, 2>(v, x + o, sample, n_pairs, rank, d, grad + o);
-  for (; o + kLanes<T> <= d; o += kLanes<T>) outer_tile<T, R, 1>(v, x + o, sample, n_pairs, rank, d, grad + o);
+  for (; o + 2 * kLanes<T> <= d; o += 2 * kLanes<T>)
+    outer_tile<T, R, 2, Add>(v, x + o, sample, n_pairs, rank, d, grad + o);
+  for (; o + kLanes<T> <= d; o += kLanes<T>) outer_tile<T, R, 1, Add>(v, x + o, sample, n_pairs, rank, d, grad + o);
   for (int r = 0; r < R; ++r)
     for (int64_t t = o; t < d; ++t) {
       T total = 0;
       for (int64_t k = 0; k < n_pairs; ++k) total += v[k * rank + r] * x[sample[k] * d + t];
-      grad[r * d + t] = total;
+      grad[r * d + t] = Add ? grad[r * d + t] + total : total;
     }
 }
 
-template <class T>
+template <class T, bool Add>
 void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_instances, int64_t batch,
            int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
   threads = worth(n_instances * (n_pairs + n_components) * rank * d, threads);
@@ -153,13 +158,14 @@ void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_insta
       const int64_t i = g / n_components, c = g % n_components;
       const int64_t* offsets = selection.offsets + i * (n_components + 1);
       const int64_t begin = offsets[c], count = offsets[c + 1] - begin;
+      if (Add && count == 0) continue;
       const int32_t* sample = selection.sample + i * n_pairs + begin;
       const T* xi = x + i * batch * d;
       const T* vc = v + (i * n_pairs + begin) * rank;
       T* gc = grad + g * rank * d;
       int64_t r = 0;
-      for (; r + 4 <= rank; r += 4) outer_rows<T, 4>(vc + r, xi, sample, count, rank, d, gc + r * d);
-      for (; r < rank; ++r) outer_rows<T, 1>(vc + r, xi, sample, count, rank, d, gc + r * d);
+      for (; r + 4 <= rank; r += 4) outer_rows<T, 4, Add>(vc + r, xi, sample, count, rank, d, gc + r * d);
+      for (; r < rank; ++r) outer_rows<T, 1, Add>(vc + r, xi, sample, count, rank, d, gc + r * d);
     }
   });
 }
@@ -175,23 +181,24 @@ void component_forward_selected(const T* x, const T* At, const T* B, Selection s
 
 template <class T>
 void component_forward_selected_backward(const T* grad_y, const T* x, const T* At, const T* B, const T* u,
-                                         Selection selection, T* grad_u, T* grad_x, T* grad_At, T* grad_B,
+                                         Selection selection, T* grad_u, T* grad_x, T* grad_At, T* grad_B, bool add,
                                          ForwardSizes n, int threads) {
   if (grad_x != nullptr || grad_At != nullptr)
     project(grad_y, B, selection, grad_u, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
   if (grad_x != nullptr)
     accumulate(grad_u, At, selection, grad_x, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs,
                threads);
+  const auto outer_of = add ? outer<T, true> : outer<T, false>;
   if (grad_At != nullptr)
-    outer(grad_u, x, selection, grad_At, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs, threads);
+    outer_of(grad_u, x, selection, grad_At, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs, threads);
   if (grad_B != nullptr)
-    outer(u, grad_y, selection, grad_B, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
+    outer_of(u, grad_y, selection, grad_B, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
 }
 
 #define FASTAPD_INSTANTIATE(T)                                                                                      \
   template void component_forward_selected<T>(const T*, const T*, const T*, Selection, T*, T*, ForwardSizes, int);  \
   template void component_forward_selected_backward<T>(const T*, const T*, const T*, const T*, const T*, Selection, \
-                                                       T*, T*, T*, T*, ForwardSizes, int);
+                                                       T*, T*, T*, T*, bool, ForwardSizes, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
 

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastapd import _native
+from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._batch_topk import Selection
-from fastapd.ops._op import define, with_instances
+from fastapd.ops._op import define, no_double_backward, outside_autocast, with_instances
 
 
 def _check_layer(op: str, x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -121,8 +122,9 @@ def component_forward(
 # ------------------------------------------------------------------------------------------ sparse, from a selection
 
 
-def _check_selected(x: Tensor, A: Tensor, B: Tensor, selection: Selection) -> bool:
-    op = "component_forward_selected"
+def _check_selected(
+    x: Tensor, A: Tensor, B: Tensor, selection: Selection, op: str = "component_forward_selected"
+) -> bool:
     instances = _check_layer(op, x, A, B)
     for name, t in zip(Selection._fields, selection, strict=True):
         wanted = torch.int64 if name.endswith("offsets") else torch.int32
@@ -174,40 +176,53 @@ def cpu_forward_selected(x: Tensor, A: Tensor, B: Tensor, *selection: Tensor) ->
     return y, u
 
 
-def cpu_forward_selected_backward(
+def _run_backward(
     grad_y: Tensor,
     x: Tensor,
     A: Tensor,
     B: Tensor,
     u: Tensor,
-    sample: Tensor,
-    offsets: Tensor,
-    component: Tensor,
-    sample_offsets: Tensor,
-    position: Tensor,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates the gradients that are needed and lets `csrc/cpu/component_forward.cpp` fill them."""
+    selection: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    accumulate: bool,
+) -> None:
+    """Lets `csrc/cpu/component_forward.cpp` fill the gradients of x, At and B that are given, or add to the last two.
+
+    The selection and the gradients are contiguous.
+    """
     native: Any = _native.load("_C").module
     grad_y, x, At, B, u = grad_y.contiguous(), x.contiguous(), A.mT.contiguous(), B.contiguous(), u.contiguous()
-    selection = [t.contiguous() for t in (sample, offsets, component, sample_offsets, position)]
-    outputs = _backward_fake(grad_y, x, A, B, u, *selection, need_x, need_A, need_B)
-    grad_x, grad_At, grad_B = (
-        t.data_ptr() if need else 0 for t, need in zip(outputs, (need_x, need_A, need_B), strict=True)
-    )
+    addresses = [t.data_ptr() for t in selection]
     grad_u = torch.empty_like(u)
+    to = [0 if t is None else t.data_ptr() for t in gradients]
     run = (
         native.component_forward_selected_backward_float32
         if x.dtype == torch.float32
         else native.component_forward_selected_backward_float64
     )
-    inputs = [t.data_ptr() for t in (grad_y, x, At, B, u)]
-    addresses = [t.data_ptr() for t in selection]
+    inputs = grad_y.data_ptr(), x.data_ptr(), At.data_ptr(), B.data_ptr(), u.data_ptr()
     sizes, threads = _sizes(x, B, u.shape[1]), torch.get_num_threads()
-    run(*inputs, addresses, grad_u.data_ptr(), grad_x, grad_At, grad_B, sizes, threads)
+    run(*inputs, addresses, grad_u.data_ptr(), *to, accumulate, sizes, threads)
+
+
+def cpu_forward_selected_backward(
+    grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, u: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates the gradients that are needed and fills them."""
+    *selection, need_x, need_A, need_B = rest
+    grad_x, grad_At, grad_B = outputs = _backward_fake(grad_y, x, A, B, u, *rest)
+    needed = (grad_x if need_x else None, grad_At if need_A else None, grad_B if need_B else None)
+    _run_backward(grad_y, x, A, B, u, tuple(t.contiguous() for t in selection), needed, False)
     return outputs
+
+
+def cpu_forward_selected_accumulate(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    """Adds to the gradients of the factors, which are contiguous, and allocates that of x if it is needed."""
+    *selection, need_x, grad_At, grad_B = rest
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    needed = (grad_x if need_x else None, grad_At, grad_B)
+    _run_backward(grad_y, x, A, B, u, tuple(t.contiguous() for t in selection), needed, True)
+    return grad_x
 
 
 def _selected_fake(x: Tensor, A: Tensor, B: Tensor, *selection: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,3 +310,141 @@ def component_forward_selected(
     if _check_selected(x, A, B, selection):
         return _component_forward_selected(x, A, B, *selection)[0]
     return _component_forward_selected(*with_instances(x, A, B, *selection))[0].squeeze(0)
+
+
+# ------------------------------------------------------------------------ gradients added to buffers, for training
+
+
+def _check_accumulate(
+    grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, u: Tensor, selection: Selection, grad_At: Tensor, grad_B: Tensor
+) -> None:
+    op = "component_forward_selected_accumulate"
+    if not _check_selected(x, A, B, selection, op):
+        raise ValueError(f"{op}: A must have a leading n_instances, got {_check.shape(A)}")
+    _check.tensors(op, A=A, grad_y=grad_y, u=u, grad_At=grad_At, grad_B=grad_B)
+    n_instances, n_components, d_in, rank = A.shape
+    shapes = {
+        "grad_y": (grad_y, (n_instances, x.shape[1], B.shape[3])),
+        "u": (u, (n_instances, selection.sample.shape[1], rank)),
+        "grad_At": (grad_At, (n_instances, n_components, rank, d_in)),
+        "grad_B": (grad_B, tuple(B.shape)),
+    }
+    for name, (t, wanted) in shapes.items():
+        if tuple(t.shape) != wanted:
+            raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, wanted))}], got {_check.shape(t)}")
+    for name, t in (("grad_At", grad_At), ("grad_B", grad_B)):
+        if not t.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(t.stride())}")
+
+
+def _accumulate_fake(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    *selection, need_x, grad_At, grad_B = rest
+    _check_accumulate(grad_y, x, A, B, u, Selection(*selection), grad_At, grad_B)
+    return x.new_empty(x.shape if need_x else (0,))
+
+
+_component_forward_selected_accumulate = define(
+    "component_forward_selected_accumulate",
+    f"(Tensor grad_y, Tensor x, Tensor A, Tensor B, Tensor u, {_SELECTION}, bool need_x, Tensor(a!) grad_At, "
+    "Tensor(b!) grad_B) -> Tensor",
+    _accumulate_fake,
+)
+
+
+def component_forward_selected_accumulate(
+    grad_y: Float[Tensor, "I b d_out"],
+    x: Float[Tensor, "I b d_in"],
+    A: Float[Tensor, "I C d_in m"],
+    B: Float[Tensor, "I C m d_out"],
+    u: Float[Tensor, "I K m"],
+    selection: Selection,
+    need_x: bool,
+    grad_At: Float[Tensor, "I C m d_in"],
+    grad_B: Float[Tensor, "I C m d_out"],
+) -> Tensor:
+    """The backward pass of `component_forward_selected`, its factor gradients added to what is in two buffers.
+
+    Args:
+        grad_y: The gradient of its output.
+        x, A, B, selection: Its arguments, with their leading n_instances.
+        u: x_b A_c of the selected pairs in component-major order, the second output of its torch op.
+        need_x: Whether the gradient of x is wanted.
+        grad_At, grad_B: Contiguous buffers that do not overlap; changed in place, except for components that no sample
+            selected, which are neither read nor written.
+
+    Returns:
+        The gradient of x, or an empty tensor.
+
+    Gradient: none.
+    """
+    _check_accumulate(grad_y, x, A, B, u, selection, grad_At, grad_B)
+    return _component_forward_selected_accumulate(grad_y, x, A, B, u, *selection, need_x, grad_At, grad_B)
+
+
+class _IntoGradients(torch.autograd.Function):
+    """Runs the backends without the torch ops between, which a step of a small model would feel."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, At, B, selection, grad_At, grad_B = args
+        inputs = (x, At.mT, B, *selection)
+        y, u = outside_autocast(choose("component_forward_selected", inputs), *inputs)
+        ctx.save_for_backward(x, At, B)
+        ctx.rest = u, selection, grad_At, grad_B
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        op = "component_forward_selected_accumulate"
+        no_double_backward(op)
+        x, At, B = ctx.saved_tensors
+        u, selection, grad_At, grad_B = ctx.rest
+        need_x = ctx.needs_input_grad[0]
+        inputs = (*grads, x, At.mT, B, u, *selection, need_x, grad_At, grad_B)
+        grad_x = outside_autocast(choose(op, inputs), *inputs)
+        return grad_x if need_x else None, None, None, None, None, None
+
+
+def forward_selected_into_gradients(
+    x: Float[Tensor, "I b d_in"],
+    At: Float[Tensor, "I C m d_in"],
+    B: Float[Tensor, "I C m d_out"],
+    selection: Selection,
+    grad_At: Float[Tensor, "I C m d_in"],
+    grad_B: Float[Tensor, "I C m d_out"],
+) -> Float[Tensor, "I b d_out"]:
+    """`component_forward_selected` for the training step: its backward pass adds the factor gradients to two buffers.
+
+    Args:
+        x: Inputs [n_instances, batch, d_in].
+        At, B: The factors in the house layout: leaves that require gradients, or views of them. A tied layer takes its
+            owner's B and At, and the owner's two buffers in the same order.
+        selection: As returned by `batch_topk` or `sample_topk`.
+        grad_At, grad_B: Contiguous buffers of the factors' shapes. Every backward pass adds to them, so that a graph
+            that is kept and run twice adds twice; components that no sample selected are left alone.
+
+    Returns:
+        The layer's outputs. Autograd brings x its gradient, and the factors none: theirs is in the buffers.
+
+    Raises:
+        ValueError: If shapes do not match or a buffer is not contiguous.
+    """
+    sample, offsets, component, sample_offsets, position = selection
+    n_instances, batch, d_in = x.shape
+    _, n_components, rank, d_out = shape_B = B.shape
+    pairs = sample.shape
+    if not (
+        At.shape == (n_instances, n_components, rank, d_in) == grad_At.shape
+        and shape_B == (n_instances, n_components, rank, d_out) == grad_B.shape
+        and pairs == component.shape == position.shape
+        and offsets.shape == (n_instances, n_components + 1)
+        and sample_offsets.shape == (n_instances, batch + 1)
+        and sample.dtype == component.dtype == position.dtype == torch.int32
+        and offsets.dtype == sample_offsets.dtype == torch.int64
+        and x.dtype == At.dtype == B.dtype == grad_At.dtype == grad_B.dtype
+        and grad_At.is_contiguous()
+        and grad_B.is_contiguous()
+    ):
+        grad_y, u = x.new_empty(n_instances, batch, d_out), x.new_empty(n_instances, pairs[-1], rank)
+        _check_accumulate(grad_y, x, At.mT, B, u, selection, grad_At, grad_B)
+    return _IntoGradients.apply(x, At, B, selection, grad_At, grad_B)

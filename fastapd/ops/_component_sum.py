@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import _native
+from fastapd.backends import choose
 from fastapd.ops import _check
-from fastapd.ops._op import define, with_instances
+from fastapd.ops._op import define, outside_autocast, with_instances
 from fastapd.reference.component_sum import component_sum as component_sum_reference
 
 
@@ -18,8 +19,7 @@ def _check_sum(A: Tensor, B: Tensor) -> bool:
     return _check.factors("component_sum", A, B)
 
 
-def _check_loss(A: Tensor, B: Tensor, target: Tensor) -> bool:
-    op = "component_sum_loss"
+def _check_loss(A: Tensor, B: Tensor, target: Tensor, op: str = "component_sum_loss") -> bool:
     instances = _check.factors(op, A, B)
     _check.tensors(op, A=A, target=target)
     wanted = (*A.shape[:-3], A.shape[-2], B.shape[-1])
@@ -147,3 +147,66 @@ def component_sum_loss(
         return _component_sum_loss(A, B, target)
     loss, residual = _component_sum_loss(*with_instances(A, B, target))
     return loss.squeeze(0), residual.squeeze(0)
+
+
+def component_sum_loss_accumulate(
+    At: Float[Tensor, "I C m d_in"],
+    B: Float[Tensor, "I C m d_out"],
+    target: Float[Tensor, "I d_in d_out"],
+    scale: float,
+    grad_At: Float[Tensor, "I C m d_in"],
+    grad_B: Float[Tensor, "I C m d_out"],
+    overwrite: bool,
+) -> Float[Tensor, " I"]:
+    """`component_sum_loss` for the training step: its gradients go straight into two buffers, and no graph is made.
+
+    Args:
+        At, B: The factors in the house layout, contiguous.
+        target: The target weights W* [n_instances, d_in, d_out].
+        scale: What the loss of every instance is multiplied by before it is differentiated.
+        grad_At, grad_B: Contiguous buffers of the factors' shapes, which receive scale · dloss.
+        overwrite: Whether what the buffers hold is replaced, whatever it is, or added to.
+
+    Returns:
+        The squared distance [n_instances], not multiplied by scale.
+
+    Raises:
+        ValueError: If shapes do not match or a factor or buffer is not contiguous.
+    """
+    n_instances, n_components, rank, d_in = shape_A = At.shape
+    shape_B = B.shape
+    d_out = shape_B[-1]
+    ranks = n_components * rank
+    if not (
+        shape_B == (n_instances, n_components, rank, d_out)
+        and target.shape == (n_instances, d_in, d_out)
+        and grad_At.shape == shape_A
+        and grad_B.shape == shape_B
+        and At.dtype == B.dtype == target.dtype == grad_At.dtype == grad_B.dtype
+        and At.is_contiguous()
+        and B.is_contiguous()
+        and grad_At.is_contiguous()
+        and grad_B.is_contiguous()
+    ):
+        _refuse_accumulate(At, B, target, grad_At, grad_B)
+    with torch.no_grad():
+        inputs = At.mT, B, target
+        loss, residual = outside_autocast(choose("component_sum_loss", inputs), *inputs)
+        beta = 0 if overwrite else 1
+        flat_At, flat_B = At.view(n_instances, ranks, d_in), B.view(n_instances, ranks, d_out)
+        to_A, to_B = grad_At.view(n_instances, ranks, d_in), grad_B.view(n_instances, ranks, d_out)
+        torch.baddbmm(to_A, flat_B, residual.mT, beta=beta, alpha=2 * scale, out=to_A)
+        torch.baddbmm(to_B, flat_At, residual, beta=beta, alpha=2 * scale, out=to_B)
+    return loss
+
+
+def _refuse_accumulate(At: Tensor, B: Tensor, target: Tensor, grad_At: Tensor, grad_B: Tensor) -> None:
+    op = "component_sum_loss_accumulate"
+    _check_loss(At.mT, B, target, op)
+    _check.tensors(op, At=At, grad_At=grad_At, grad_B=grad_B)
+    for name, t, like in (("grad_At", grad_At, At), ("grad_B", grad_B, B)):
+        if t.shape != like.shape:
+            raise ValueError(f"{op}: {name} must have shape {_check.shape(like)}, got {_check.shape(t)}")
+    for name, t in (("At", At), ("B", B), ("grad_At", grad_At), ("grad_B", grad_B)):
+        if not t.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(t.stride())}")

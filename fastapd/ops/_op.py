@@ -13,7 +13,7 @@ from fastapd import backends
 _LIBRARY = torch.library.Library("fastapd", "DEF")
 
 
-def _outside_autocast(function: Callable[..., Any], *args: Any) -> Any:
+def outside_autocast(function: Callable[..., Any], *args: Any) -> Any:
     """An op computes in the dtype of its arguments, as its fake says; a GEMM under autocast would not."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -35,27 +35,43 @@ def define(
         schema: Its torch schema without the name, e.g. "(Tensor A, Tensor B) -> Tensor".
         fake: Shapes and dtypes of the outputs; runs the same check as the public op.
         setup_context: What to keep for the backward pass, as in `torch.library.register_autograd`.
-        backward: The gradient; an op without one refuses inputs that require gradients.
+        backward: The gradient; an op without one, such as one that writes into its arguments, refuses inputs that
+            require gradients.
 
     Returns:
         The op, callable.
     """
 
     def run(*args: Any) -> Any:
-        return _outside_autocast(backends.choose(name, args), *args)
+        return outside_autocast(backends.choose(name, args), *args)
 
     def gradient(ctx: Any, *grads: Tensor) -> Any:
         if backward is None:
             raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")
-        return _outside_autocast(backward, ctx, *grads)
+        return outside_autocast(backward, ctx, *grads)
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     qualified = f"fastapd::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.fastapd, name).default
+    op = getattr(torch.ops.fastapd, name).default
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
+        return op
+
+    def refuse_gradients(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise NotImplementedError(f"{name}: is not differentiable; detach its inputs")
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*args)
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
+
+    # torch takes no formula for an op that writes into its arguments, and would treat its outputs as constants
+    _LIBRARY.impl(name, refuse_gradients, "Autograd")
+    return op
 
 
 def no_double_backward(op: str) -> None:

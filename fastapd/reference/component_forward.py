@@ -101,3 +101,26 @@ def component_forward_selected_backward(
         grad_At.view(n_instances, n_components, rank, d_in) if need_A else grad_At,
         grad_B.view(B.shape) if need_B else grad_B,
     )
+
+
+def component_forward_selected_accumulate(
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    u: Tensor,
+    sample: Tensor,
+    offsets: Tensor,
+    component: Tensor,
+    sample_offsets: Tensor,
+    position: Tensor,
+    need_x: bool,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> Tensor:
+    """The gradient of x, or an empty tensor; those of the factors are added to what is in the buffers."""
+    selection = (sample, offsets, component, sample_offsets, position)
+    grad_x, more_At, more_B = component_forward_selected_backward(grad_y, x, A, B, u, *selection, need_x, True, True)
+    grad_At.add_(more_At)
+    grad_B.add_(more_B)
+    return grad_x

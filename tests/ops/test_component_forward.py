@@ -10,8 +10,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastapd import ops, testing
+from fastapd.ops._component_forward import component_forward_selected_accumulate, forward_selected_into_gradients
 
 DENSE, SELECTED = "component_forward", "component_forward_selected"
+ACCUMULATE = "component_forward_selected_accumulate"
 BACKWARD = "component_forward_selected_backward"
 TINY = testing.Case("tiny", 2, 4, 3, 2, 3, 2, n_outputs=0, k=1.5)
 # every walk of the CPU kernel shares its work among threads from this size on
@@ -388,3 +390,199 @@ def test_component_forward_selected_checks_where_the_public_op_does_not_run():
     """torch.ops.fastapd is what a compiled graph calls: its fake holds the same checks."""
     with pytest.raises(ValueError, match="x and A must share d_in"):
         torch.ops.fastapd.component_forward_selected(*(t.to("meta") for t in (X[..., :3], A, B, *SELECTION)))
+
+
+# ----------------------------------------------------------------------------------------- gradients added to buffers
+
+
+def layer(case: str | testing.Case, dtype: torch.dtype = torch.float32) -> tuple:
+    """Arguments of `forward_selected_into_gradients`: x and the factors want gradients, the buffers hold something."""
+    x, A, B, selection = testing.inputs(SELECTED, case, dtype)
+    leaves = [t.contiguous().requires_grad_() for t in (x, A.mT, B)]
+    return *leaves, selection, *(torch.rand_like(t, requires_grad=False) for t in leaves[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@selected
+def test_component_forward_accumulate_matches_the_reference(backend, case, dtype):
+    args = testing.inputs(ACCUMULATE, case, dtype)
+    testing.assert_matches_reference(ACCUMULATE, testing.run(ACCUMULATE, args).outputs, args, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["tms", "odd", "wide", "resid", "rank1"])
+@pytest.mark.parametrize("cpu_level", ["baseline", "avx2", "avx512"], indirect=True)
+def test_component_forward_accumulate_at_every_level(cpu_level, case, dtype):
+    args = testing.inputs(ACCUMULATE, case, dtype)
+    testing.assert_matches_reference(ACCUMULATE, testing.run(ACCUMULATE, args).outputs, args, f"cpu {cpu_level}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_component_forward_accumulate_is_independent_of_threads(backend, dtype, threads):
+    args = testing.inputs(ACCUMULATE, LARGE, dtype)
+    threads(1)
+    alone = testing.run(ACCUMULATE, args).outputs
+    for n in (2, 3):
+        threads(n)
+        testing.assert_bit_equal(testing.run(ACCUMULATE, args).outputs, alone)
+
+
+@selected
+def test_component_forward_accumulate_passes_opcheck(backend):
+    grad_y, x, A, B, u, selection, *buffers = testing.inputs(ACCUMULATE, TINY, torch.float64)
+    op = torch.ops.fastapd.component_forward_selected_accumulate
+    for need_x in (True, False):
+        torch.library.opcheck(op, (grad_y, x, A, B, u, *selection, need_x, *buffers))
+
+
+@selected
+def test_component_forward_accumulate_counts_as_a_write(backend):
+    grad_y, x, A, B, u, selection, *buffers = testing.inputs(ACCUMULATE, "odd")
+    tensors = grad_y, x, A, B, u, *buffers
+    before = [t._version for t in tensors]
+    grad_x = component_forward_selected_accumulate(grad_y, x, A, B, u, selection, False, *buffers)
+    assert grad_x.shape == (0,)
+    changed = [t._version > version for t, version in zip(tensors, before, strict=True)]
+    assert changed == [False] * 5 + [True] * 2
+
+
+@selected
+def test_component_forward_accumulate_refuses_to_be_differentiated(backend):
+    args = testing.inputs(ACCUMULATE, "odd")
+    for i in (0, 1, 2, 3, 4, 6, 7):
+        wrong = [t.detach().requires_grad_() if j == i else t for j, t in enumerate(args)]
+        with pytest.raises(NotImplementedError, match=f"^{ACCUMULATE}: is not differentiable; detach its inputs$"):
+            component_forward_selected_accumulate(*wrong[:6], True, *wrong[6:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["tms", "odd", "resid", "rank1", "empty_batch"])
+@selected
+def test_component_forward_into_gradients_is_the_op_and_its_gradients(backend, case, dtype):
+    x, At, B, selection, grad_At, grad_B = args = layer(case, dtype)
+    before = grad_At.clone(), grad_B.clone()
+    y = forward_selected_into_gradients(*args)
+    (cotangent,) = testing.random_cotangents([y])
+    y.backward(cotangent)
+    assert At.grad is None and B.grad is None
+    (wanted,), (grad_x, grad_A, grad_of_B) = testing.run(SELECTED, (x, At.mT, B, selection), [cotangent])
+    testing.assert_bit_equal(y, wanted)
+    testing.assert_bit_equal(x.grad, grad_x)
+    torch.testing.assert_close(grad_At, before[0] + grad_A.mT, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_B, before[1] + grad_of_B, rtol=1e-6, atol=1e-6)
+
+
+@selected
+def test_component_forward_into_gradients_leaves_components_without_samples_alone(backend):
+    x, At, B, selection, grad_At, grad_B = layer("odd")
+    scores = selection.mask.float()
+    scores[..., 4] = -1  # nobody selects component 4
+    selection = ops.batch_topk(scores, 20)
+    for poison in (torch.nan, torch.inf):
+        for t in (At, B, grad_At, grad_B):
+            t.data[:, 4] = poison
+        forward_selected_into_gradients(x, At, B, selection, grad_At, grad_B).sum().backward()
+        for t in (grad_At, grad_B):
+            testing.assert_bit_equal(t[:, 4], torch.full_like(t[:, 4], poison))
+            assert t[:, :4].isfinite().all() and t[:, 5:].isfinite().all()
+
+
+@selected
+def test_component_forward_into_gradients_of_a_tied_pair(backend):
+    """The second layer is the first with the roles of its factors, and of their buffers, swapped."""
+    x, At, B, selection, grad_At, grad_B = layer("odd", torch.float64)
+    before = grad_At.clone(), grad_B.clone()
+    cotangent = torch.rand_like(x)
+    hidden = ops.component_forward_selected(x, At.mT, B, selection).relu()
+    wanted = torch.autograd.grad(ops.component_forward_selected(hidden, B.mT, At, selection), (At, B, x), cotangent)
+    hidden = forward_selected_into_gradients(x, At, B, selection, grad_At, grad_B).relu()
+    y = forward_selected_into_gradients(hidden, B, At, selection, grad_B, grad_At)
+    y.backward(cotangent, inputs=[At, B, x])
+    found = grad_At - before[0], grad_B - before[1], x.grad
+    for got, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
+@selected
+def test_component_forward_into_gradients_needs_no_gradient_of_x(backend):
+    x, At, B, selection, *buffers = layer("odd", torch.float64)
+    copies = [t.clone() for t in buffers]
+    forward_selected_into_gradients(x, At, B, selection, *buffers).sum().backward()
+    forward_selected_into_gradients(x.detach(), At, B, selection, *copies).sum().backward()
+    testing.assert_bit_equal(buffers, copies)
+    with torch.no_grad():
+        assert not forward_selected_into_gradients(x, At, B, selection, *buffers).requires_grad
+    testing.assert_bit_equal(buffers, copies)
+
+
+@selected
+def test_component_forward_into_gradients_refuses_a_second_derivative(backend):
+    x, *rest = layer("odd", torch.float64)
+    y = forward_selected_into_gradients(x, *rest)
+    with pytest.raises(NotImplementedError, match=f"^{ACCUMULATE}: a second derivative is not computed"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+@selected
+def test_component_forward_into_gradients_notices_a_changed_input(backend):
+    x, At, *rest = layer("odd")
+    y = forward_selected_into_gradients(x, At, *rest)
+    with torch.no_grad():
+        At.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+WRONG = [
+    ("x", lambda t: t[..., :-1], ValueError, "x and A must share d_in"),
+    ("x", lambda t: t.double(), TypeError, "x must have the dtype of A, torch.float32, got torch.float64"),
+    ("At", lambda t: t[:, :-1], ValueError, "A and B must share n_components"),
+    ("At", lambda t: t.mT, ValueError, "A and B must share rank"),
+    ("At", lambda t: t[:1], ValueError, "A and B must share n_instances"),
+    ("B", lambda t: t[:, :, :-1], ValueError, "A and B must share rank"),
+    ("B", lambda t: t.half(), TypeError, "B must have the dtype of A, torch.float32, got torch.float16"),
+    ("grad_At", lambda t: t.mT, ValueError, "grad_At must have shape [2, 13, 7, 17], got [2, 13, 17, 7]"),
+    ("grad_At", lambda t: t[:1], ValueError, "grad_At must have shape [2, 13, 7, 17], got [1, 13, 7, 17]"),
+    ("grad_At", lambda t: t.mT.contiguous().mT, ValueError, "grad_At must be contiguous, got strides "),
+    ("grad_At", lambda t: t.double(), TypeError, "grad_At must have the dtype of A, torch.float32, got torch.float64"),
+    ("grad_B", lambda t: t[..., :0], ValueError, "grad_B must have shape [2, 13, 7, 1], got [2, 13, 7, 0]"),
+    ("grad_B", lambda t: t[:, :, :1].expand_as(t), ValueError, "grad_B must be contiguous, got strides [91, 7, 0, 1]"),
+    ("sample", lambda t: t[:, 1:], ValueError, "selection.component must have shape"),
+    ("sample", lambda t: t.long(), TypeError, "selection.sample must be torch.int32, got torch.int64"),
+    ("offsets", lambda t: t[:, 1:], ValueError, "selection.offsets must have shape"),
+    ("offsets", lambda t: t.int(), TypeError, "selection.offsets must be torch.int64, got torch.int32"),
+    ("component", lambda t: t.int()[..., :-1], ValueError, "selection.component must have shape"),
+    ("sample_offsets", lambda t: t[:, 1:], ValueError, "selection.sample_offsets must have shape"),
+    ("position", lambda t: t.float(), TypeError, "selection.position must be torch.int32, got torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, error, message", WRONG, ids=[f"{name}-{text[:40]}" for name, *_, text in WRONG])
+def test_component_forward_into_gradients_refuses(name, change, error, message):
+    x, At, B, selection, grad_At, grad_B = layer("odd")
+    args = {"x": x, "At": At, "B": B, "selection": selection, "grad_At": grad_At, "grad_B": grad_B}
+    if name in args:
+        args[name] = change(args[name])
+    else:
+        args["selection"] = selection._replace(**{name: change(getattr(selection, name))})
+    before = grad_At.clone(), grad_B.clone()
+    with pytest.raises(error, match=f"^{ACCUMULATE}: {re.escape(message)}"):
+        forward_selected_into_gradients(**args)
+    testing.assert_bit_equal([grad_At, grad_B], before)
+
+
+@pytest.mark.parametrize("index, name", [(0, "grad_y"), (4, "u"), (6, "grad_At"), (7, "grad_B")])
+def test_component_forward_accumulate_refuses_shapes(index, name):
+    args = list(testing.inputs(ACCUMULATE, "odd"))
+    args[index] = args[index][:, 1:]
+    with pytest.raises(ValueError, match=rf"^{ACCUMULATE}: {name} must have shape \["):
+        component_forward_selected_accumulate(*args[:6], True, *args[6:])
+
+
+def test_component_forward_accumulate_refuses_factors_without_instances():
+    grad_y, x, A, B, u, selection, *buffers = testing.inputs(ACCUMULATE, "odd")
+    one = ops.Selection(*(t[0] for t in selection))
+    with pytest.raises(ValueError, match=rf"^{ACCUMULATE}: A must have a leading n_instances, got \[13, 17, 7\]$"):
+        component_forward_selected_accumulate(grad_y, x[0], A[0], B[0], u, one, True, *buffers)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastapd import backends, ops, testing
+from fastapd.ops._component_sum import component_sum_loss_accumulate
 
 OPS = ("component_sum", "component_sum_loss")
 TINY = testing.Case("tiny", 2, 0, 3, 2, 3, 2, n_outputs=0)
@@ -256,3 +257,66 @@ def test_component_sum_refuses_factors(op, error, A, B, message):
 def test_component_sum_loss_refuses_a_target(error, target, message):
     with pytest.raises(error, match=re.escape(f"component_sum_loss: target {message}") + "$"):
         ops.component_sum_loss(A, B, target)
+
+
+# ----------------------------------------------------------------------------------------- gradients put into buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@pytest.mark.parametrize("backend", testing.cpu_backends("component_sum_loss"), indirect=True)
+def test_component_sum_loss_accumulate_is_the_op_and_its_gradients(backend, case, dtype):
+    A, B, target = testing.inputs("component_sum_loss", case, dtype)
+    At, scale = A.mT.contiguous(), 0.375  # exact in every dtype
+    cotangents = [torch.full((A.shape[0],), scale, dtype=dtype), torch.zeros_like(target)]
+    for overwrite in (True, False):
+        before = [torch.full_like(t, torch.nan) if overwrite else torch.ones_like(t) for t in (At, B)]
+        buffers = [t.clone() for t in before]
+        loss = component_sum_loss_accumulate(At, B, target, scale, *buffers, overwrite)
+        assert not loss.requires_grad
+        outputs = testing.run("component_sum_loss", (A, B, target)).outputs
+        torch.testing.assert_close(loss, outputs[0], rtol=4e-6, atol=0)
+        exact = testing.oracle("component_sum_loss", (A, B, target), cotangents).grads[:2]
+        own = testing.reference("component_sum_loss", (A, B, target), cotangents).grads[:2]
+        for got, wanted, ours, start in zip(buffers, (exact[0].mT, exact[1]), (own[0].mT, own[1]), before, strict=True):
+            eps = 4 * torch.finfo(dtype).eps
+            start = torch.zeros_like(got) if overwrite else start
+            allowed = 2 * (ours - wanted).norm() + eps * (wanted.norm() + start.norm())
+            assert (got.double() - start - wanted).norm() <= allowed
+
+
+def test_component_sum_loss_accumulate_makes_no_graph_and_keeps_its_inputs():
+    A, B, target = testing.inputs("component_sum_loss", "odd")
+    At, B = A.mT.contiguous().requires_grad_(), B.requires_grad_()
+    before = [t.detach().clone() for t in (At, B, target)]
+    buffers = [torch.empty_like(t, requires_grad=False) for t in (At, B)]
+    loss = component_sum_loss_accumulate(At, B, target, 1.0, *buffers, True)
+    assert not any(t.requires_grad for t in (loss, *buffers)) and At.grad is None and B.grad is None
+    testing.assert_bit_equal([At.detach(), B.detach(), target], before)
+    loss.fill_(7)  # no view of an input
+    testing.assert_bit_equal([At.detach(), B.detach(), target], before)
+
+
+@pytest.mark.parametrize(
+    "index, change, error, message",
+    [
+        (0, lambda t: t[:, :-1], ValueError, "A and B must share n_components"),
+        (0, lambda t: t.mT.contiguous().mT, ValueError, "At must be contiguous, got strides [1547, 119, 1, 7]"),
+        (1, lambda t: t.double(), TypeError, "B must have the dtype of A, torch.float32, got torch.float64"),
+        (1, lambda t: t.mT.contiguous().mT, None, ""),  # of width one: contiguous either way
+        (2, lambda t: t.mT, ValueError, "target must have the shape of the sum, [2, 17, 1], got [2, 1, 17]"),
+        (3, lambda t: t[:1], ValueError, "grad_At must have shape [2, 13, 7, 17], got [1, 13, 7, 17]"),
+        (3, lambda t: t[..., :1].expand_as(t), ValueError, "grad_At must be contiguous, got strides "),
+        (4, lambda t: t.double(), TypeError, "grad_B must have the dtype of At, torch.float32, got torch.float64"),
+    ],
+)  # fmt: skip
+def test_component_sum_loss_accumulate_refuses(index, change, error, message):
+    A, B, target = testing.inputs("component_sum_loss", "odd")
+    args = [A.mT.contiguous(), B, target, torch.zeros_like(A.mT.contiguous()), torch.zeros_like(B)]
+    args[index] = change(args[index])
+    call = (*args[:3], 1.0, *args[3:], True)
+    if error is None:
+        component_sum_loss_accumulate(*call)
+        return
+    with pytest.raises(error, match=re.escape(f"component_sum_loss_accumulate: {message}")):
+        component_sum_loss_accumulate(*call)

@@ -55,6 +55,25 @@ def gradient_of_the_wrong_sample(right, *args):
     return grad_x.roll(1, 1), grad_At, grad_B
 
 
+def buffers_overwritten(right, *args):
+    for buffer in args[-2:]:
+        buffer.zero_()
+    return right(*args)
+
+
+def added_twice(right, *args):
+    right(*args)
+    return right(*args)
+
+
+def added_but_for_the_last_component(right, *args):
+    before = [buffer[:, -1].clone() for buffer in args[-2:]]
+    grad_x = right(*args)
+    for buffer, last in zip(args[-2:], before, strict=True):
+        buffer[:, -1] = last
+    return grad_x
+
+
 def squared_before_the_sum(right, xs, gs, As, Bs):
     layers = zip(xs, gs, As, Bs, strict=True)
     return sum(right([x], [g], [A], [B]) for x, g, A, B in layers)
@@ -135,6 +154,7 @@ PLANTED = {
     "component_forward": [without_the_mask],
     "component_forward_selected": [without_one_component, never_written],
     "component_forward_selected_backward": [without_one_gradient, gradient_of_the_wrong_sample],
+    "component_forward_selected_accumulate": [buffers_overwritten, added_twice, added_but_for_the_last_component],
     "attribution_reduce": [squared_before_the_sum],
     "attribution_reduce_backward": [
         gradient_of_layers_apart,
