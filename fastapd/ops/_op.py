@@ -21,6 +21,15 @@ def _outside_autocast(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that hold numbers and nothing else: no fakes, no subclasses."""
+
+
+def call(name: str, *args: Any) -> Any:
+    """What `torch.ops.fastapd.<name>` does on plain tensors under no_grad, without the cost of torch's dispatcher."""
+    return _outside_autocast(backends.choose(name, args), *args)
+
+
 def define(
     name: str,
     schema: str,
@@ -35,14 +44,15 @@ def define(
         schema: Its torch schema without the name, e.g. "(Tensor A, Tensor B) -> Tensor".
         fake: Shapes and dtypes of the outputs; runs the same check as the public op.
         setup_context: What to keep for the backward pass, as in `torch.library.register_autograd`.
-        backward: The gradient; an op without one refuses inputs that require gradients.
+        backward: The gradient; an op without one refuses inputs that require gradients. One that changes its arguments
+            cannot have one: its check refuses them.
 
     Returns:
         The op, callable.
     """
 
     def run(*args: Any) -> Any:
-        return _outside_autocast(backends.choose(name, args), *args)
+        return call(name, *args)
 
     def gradient(ctx: Any, *grads: Tensor) -> Any:
         if backward is None:
@@ -54,7 +64,8 @@ def define(
         _LIBRARY.impl(name, run, key)
     qualified = f"fastapd::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
+    if "!" not in schema:
+        torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.fastapd, name).default
 
 
