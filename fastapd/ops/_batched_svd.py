@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastapd import _native
 from fastapd.ops import _check
@@ -217,6 +219,38 @@ def _check_accumulate(
         _check.no_gradient(op, name, t, "as the gradients are a result")
 
 
+def _is_plain(A: Any, B: Any, counts: Any, p: Any, eps: Any, batch: Any, scale: Any, grad_At: Any, grad_B: Any) -> bool:
+    """Whether everything is as a training step has it on the CPU: a tenth of the time that `_check_accumulate` takes.
+
+    Whatever is not is left to that, which finds out what is wrong, or that nothing is.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    floats = (A, B, grad_At, grad_B)
+    if not (all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in floats) and A.dim() == 4):
+        return False
+    n_instances, n_components, d_in, rank = A.shape
+    return (
+        B.shape == grad_B.shape
+        and B.shape[:3] == (n_instances, n_components, rank)
+        and grad_At.shape == (n_instances, n_components, rank, d_in)
+        and (A.dtype is torch.float32 or A.dtype is torch.float64)
+        and B.dtype is grad_At.dtype is grad_B.dtype is A.dtype
+        and grad_At.is_contiguous()
+        and grad_B.is_contiguous()
+        and type(counts) is Tensor
+        and counts.dtype is torch.int64
+        and counts.is_cpu
+        and counts.layout is torch.strided
+        and counts.shape == (n_instances, n_components)
+        and type(p) is type(eps) is type(scale) is float
+        and 0 < p < math.inf
+        and 0 <= eps < math.inf
+        and type(batch) is int
+        and -1 <= batch <= 2**53
+    )
+
+
 def _accumulate_fake(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, *rest: Any) -> Tensor:
     _check_accumulate(A, B, counts, p, eps, batch, *rest[1:])
     return A.new_empty(A.shape[0])
@@ -293,11 +327,10 @@ def schatten_accumulate(
     Cost: that of `schatten` or `schatten_factored`, without temporaries of the gradients' size: these are read and
         written once, and not touched where a count is 0.
     """
+    if not torch.compiler.is_compiling() and _is_plain(A, B, counts, p, eps, batch, scale, grad_At, grad_B):
+        return call("schatten_accumulate", A, B, counts, p, eps, batch, exact, scale, grad_At, grad_B)
     _check_accumulate(A, B, counts, p, eps, batch, scale, grad_At, grad_B)
-    args = (A, B, counts, float(p), float(eps), batch, exact, float(scale), grad_At, grad_B)
-    if type(A) in PLAIN and type(grad_At) in PLAIN and not torch.compiler.is_compiling():
-        return call("schatten_accumulate", *args)  # a quarter of the cost of torch's dispatcher
-    return _schatten_accumulate(*args)
+    return _schatten_accumulate(A, B, counts, float(p), float(eps), batch, exact, float(scale), grad_At, grad_B)
 
 
 # ------------------------------------------------------------------------------------------------------- float masks
