@@ -10,6 +10,7 @@
 // component; the sum over components is taken in order afterwards.
 #include "../ops.h"
 #include "parallel.h"
+#include "svd_lanes.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -173,6 +174,23 @@ void spread(const double* C, const double* q, double weight, bool accumulate, in
   }
 }
 
+// Descending, NaN first.
+void sort_values(double* sigma, int64_t m) {
+  for (int64_t i = 1; i < m; ++i)
+    for (int64_t j = i; j > 0 && !(sigma[j] <= sigma[j - 1]) && sigma[j - 1] == sigma[j - 1]; --j) {
+      const double swap = sigma[j];
+      sigma[j] = sigma[j - 1];
+      sigma[j - 1] = swap;
+    }
+}
+
+// float32 factors go through lanes; where these refuse, and in float64, through the code of this file.
+template <class T>
+constexpr bool kInLanes = sizeof(T) == sizeof(float);
+
+template <class T>
+constexpr int64_t kGrain = kInLanes<T> ? 2 * kGroup : 4;  // components a thread takes at a time
+
 }  // namespace
 
 template <class T>
@@ -180,20 +198,38 @@ bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes n, int thr
   const int64_t groups = n.n_instances * n.n_components, m = n.rank;
   Failure failure;
   threads = worth(groups * m * m * (n.d_in + n.d_out), threads);
-  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
-    const Workspace<double> memory(work_size(m, n.d_in, n.d_out));
-    if (memory.data == nullptr) return failure.set();
+  const int64_t in_lanes = kInLanes<T> ? group_size(m, n.d_in, n.d_out) + kGroup * m : 0;
+  parallel_for(groups, kGrain<T>, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(work_size(m, n.d_in, n.d_out)), lanes(in_lanes);
+    if (memory.data == nullptr || lanes.data == nullptr) return failure.set();
     const Work w = work_at(memory.data, m, n.d_in, n.d_out);
-    for (int64_t g = begin; g < end; ++g) {
+    const auto finish = [&](int64_t g, double* sigma) {
+      sort_values(sigma, m);
+      for (int64_t i = 0; i < m; ++i) out[g * m + i] = static_cast<T>(sigma[i]);
+    };
+    const auto alone = [&](int64_t g) {
       double scale_a, scale_b;
       decompose_component(At + g * m * n.d_in, B + g * m * n.d_out, m, n.d_in, n.d_out, false, w, &scale_a, &scale_b);
-      for (int64_t i = 1; i < m; ++i)  // descending, NaN first
-        for (int64_t j = i; j > 0 && !(w.sigma[j] <= w.sigma[j - 1]) && w.sigma[j - 1] == w.sigma[j - 1]; --j) {
-          const double swap = w.sigma[j];
-          w.sigma[j] = w.sigma[j - 1];
-          w.sigma[j - 1] = swap;
+      finish(g, w.sigma);
+    };
+    if constexpr (kInLanes<T>) {
+      double* sigma = lanes.data + group_size(m, n.d_in, n.d_out);
+      for (int64_t g = begin; g < end; g += kGroup) {
+        Group group;
+        group.n = end - g < kGroup ? end - g : kGroup;
+        for (int64_t l = 0; l < group.n; ++l) {
+          group.At[l] = At + (g + l) * m * n.d_in;
+          group.B[l] = B + (g + l) * m * n.d_out;
         }
-      for (int64_t i = 0; i < m; ++i) out[g * m + i] = static_cast<T>(w.sigma[i]);
+        FASTAPD_AT_RANK(svdvals_lanes, m, group, m, n.d_in, n.d_out, lanes.data, sigma)
+        for (int64_t l = 0; l < group.n; ++l)
+          if (group.ok[l])
+            finish(g + l, sigma + l * m);
+          else
+            alone(g + l);
+      }
+    } else {
+      for (int64_t g = begin; g < end; ++g) alone(g);
     }
   });
   return failure.none();
@@ -271,11 +307,29 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
   if (sums == nullptr) return false;
   Failure failure;
   threads = worth(groups * m * (exact ? m : 1) * (n.d_in + n.d_out), threads);
-  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
-    const Workspace<double> memory(per_thread);
-    if (memory.data == nullptr) return failure.set();
+  const int64_t in_lanes = exact && kInLanes<T> ? group_size(m, n.d_in, n.d_out) : 0;
+  parallel_for(groups, kGrain<T>, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(per_thread), lanes(in_lanes);
+    if (memory.data == nullptr || lanes.data == nullptr) return failure.set();
     const Work w = exact ? work_at(memory.data, m, n.d_in, n.d_out) : Work{};
     double* row = exact ? memory.data + work_size(m, n.d_in, n.d_out) : nullptr;
+    Group group;
+    int64_t member[kGroup];
+    group.n = 0;
+    const auto flush = [&] {
+      if constexpr (kInLanes<T>) {
+        if (group.n == 0) return;
+        FASTAPD_AT_RANK(schatten_lanes, m, group, p, eps, accumulate, m, n.d_in, n.d_out, lanes.data)
+        for (int64_t l = 0; l < group.n; ++l) {
+          const int64_t g = member[l];
+          const double weight = static_cast<double>(counts[g]);
+          sums[g] = weight * (group.ok[l] ? group.total[l]
+                                          : exact_component(group.At[l], group.B[l], scale * weight, p, eps, accumulate,
+                                                            n, w, row, group.grad_At[l], group.grad_B[l]));
+        }
+        group.n = 0;
+      }
+    };
     for (int64_t g = begin; g < end; ++g) {
       const T* a = At + g * m * n.d_in;
       const T* b = B + g * m * n.d_out;
@@ -288,10 +342,21 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
         sums[g] = 0;
         continue;
       }
+      if constexpr (kInLanes<T>) {
+        if (exact) {
+          const int64_t l = group.n++;
+          member[l] = g;
+          group.At[l] = a, group.B[l] = b, group.grad_At[l] = ga, group.grad_B[l] = gb;
+          group.weight[l] = scale * weight;
+          if (group.n == kGroup) flush();
+          continue;
+        }
+      }
       const double sum = exact ? exact_component(a, b, scale * weight, p, eps, accumulate, n, w, row, ga, gb)
                                : factored_component(a, b, scale * weight, p, eps, accumulate, n, ga, gb);
       sums[g] = weight * sum;
     }
+    flush();
   });
   const double off = static_cast<double>(m) * power(eps, p / 2);
   for (int64_t i = 0; i < n.n_instances; ++i) {
@@ -363,11 +428,11 @@ bool schatten_masked(const T* At, const T* B, const T* mask, double p, double ep
   return true;
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                             \
-  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                          \
-  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, double,     \
-                            bool, T*, T*, T*, SchattenSizes, int);                                         \
-  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,  \
+#define FASTAPD_INSTANTIATE(T)                                                                                       \
+  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                                    \
+  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, double, bool, T*, T*, \
+                            T*, SchattenSizes, int);                                                                 \
+  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,            \
                                    SchattenSizes, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
