@@ -174,10 +174,11 @@ bool run_svdvals(Address At, Address B, Address out, const SchattenShape& n, int
 }
 
 template <class T>
-bool run_schatten(Address At, Address B, Address counts, double p, double eps, int64_t batch, bool exact, Address loss,
-                  Address grad_At, Address grad_B, const SchattenShape& n, int threads) {
-  FASTAPD_AT_LEVEL(schatten<T>(at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, exact,
-                               at<T>(loss), at<T>(grad_At), at<T>(grad_B), schatten_sizes(n), threads))
+bool run_schatten(Address At, Address B, Address counts, double p, double eps, int64_t batch, bool exact, double scale,
+                  bool accumulate, Address loss, Address grad_At, Address grad_B, const SchattenShape& n,
+                  int threads) {
+  FASTAPD_AT_LEVEL(schatten<T>(at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, exact, scale,
+                               accumulate, at<T>(loss), at<T>(grad_At), at<T>(grad_B), schatten_sizes(n), threads))
 }
 
 template <class T>

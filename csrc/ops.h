@@ -133,10 +133,11 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes sizes, int threads);                           \
   /* loss [I] = sum_c n_c sum_i (s_i + eps)^{p/2} + (batch - n_c) m eps^{p/2} (left out if batch < 0), s_i = sigma_i^2 */ \
-  /* if exact, else |a_i|^2 |b_i|^2; the gradients [I, C, m, d] of the loss if not null. False: no memory. */          \
+  /* if exact, else |a_i|^2 |b_i|^2; and, if not null, scale times its gradients [I, C, m, d], which replace what is   */ \
+  /* in grad_At and grad_B or, to accumulate, are added to it. False: no memory. */                                    \
   template <class T>                                                                                                   \
   bool schatten(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, bool exact,       \
-                T* loss, T* grad_At, T* grad_B, SchattenSizes sizes, int threads);                                     \
+                double scale, bool accumulate, T* loss, T* grad_At, T* grad_B, SchattenSizes sizes, int threads);      \
   /* loss [I] = sum_b sum_c sum_i (mask_bc |a_i|^2 |b_i|^2 + eps)^{p/2}, mask [I, b, C], and its gradients. */         \
   template <class T>                                                                                                   \
   bool schatten_masked(const T* At, const T* B, const T* mask, double p, double eps, int64_t batch, T* loss,           \

@@ -147,6 +147,11 @@ def schatten_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     return A, B, selection.counts, P, EPS, case.batch
 
 
+def schatten_accumulate_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    A, B, counts, p, eps, batch = schatten_inputs(case, source)
+    return A, B, counts, p, eps, batch, True, 0.7, source.normal(*A.mT.shape), source.normal(*B.shape)
+
+
 def schatten_masked_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     _, A, B, mask = forward_inputs(case, source)
     return A, B, mask, P, EPS

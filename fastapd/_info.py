@@ -32,6 +32,7 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "component_svdvals": (A, B),
         "schatten": (A, B, counts.long(), 1.0, 1e-16, 4, True),
         "schatten_factored": (A, B, counts.long(), 1.0, 1e-16, 4, True),
+        "schatten_accumulate": (A, B, counts.long(), 1.0, 1e-16, 4, False, 1.0, A.mT.contiguous(), B),
         "schatten_factored_masked": (A, B, mask, 1.0, 1e-16, True),
     }
 

@@ -85,6 +85,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored",
         "reference": "fastapd.reference.batched_svd:schatten_factored",
     },
+    "schatten_accumulate": {
+        "cpu": "fastapd.ops._batched_svd:cpu_schatten_accumulate",
+        "reference": "fastapd.reference.batched_svd:schatten_accumulate",
+    },
     "schatten_factored_masked": {
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored_masked",
         "reference": "fastapd.reference.batched_svd:schatten_factored_masked",

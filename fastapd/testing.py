@@ -19,6 +19,7 @@ from fastapd._cases import CASES as CASES
 from fastapd._cases import EPS as EPS
 from fastapd._cases import Case as Case
 from fastapd._cases import P as P
+from fastapd.ops._batched_svd import schatten_accumulate
 from fastapd.ops._component_forward import component_forward_selected_accumulate
 from fastapd.reference import attribution_reduce as reference_attribution
 from fastapd.reference import batch_topk as reference_topk
@@ -101,6 +102,25 @@ def _schatten_of_products(
     return total.to(A.dtype)
 
 
+def _schatten_accumulate(
+    A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, exact: bool, scale: float, *grads: Tensor
+) -> tuple[Tensor, ...]:
+    """With copies of the gradients, which are outputs here."""
+    grad_At, grad_B = (t.clone(memory_format=torch.contiguous_format) for t in grads)
+    return schatten_accumulate(A, B, counts, p, eps, batch, exact, scale, grad_At, grad_B), grad_At, grad_B
+
+
+def _reference_accumulate(
+    A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, exact: bool, scale: float, *grads: Tensor
+) -> tuple[Tensor, ...]:
+    total_of = _schatten_of_products if exact else _reference_factored
+    with torch.enable_grad():
+        A, B = A.detach().requires_grad_(), B.detach().requires_grad_()
+        total = total_of(A, B, counts, p, eps, batch if batch >= 0 else None)
+        to_A, to_B = torch.autograd.grad(total.sum(), (A, B))
+    return total.detach(), grads[0] + scale * to_A.mT, grads[1] + scale * to_B
+
+
 def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
     return A.shape[-3] * A.shape[-1] + A.shape[-2] + B.shape[-1]
 
@@ -158,6 +178,8 @@ _OPS = {
         ops.schatten_factored, _reference_factored, _cases.schatten_inputs, (0, 1), _terms_factors),
     "schatten_factored_masked": _Op(
         ops.schatten_factored, _reference_masked, _cases.schatten_masked_inputs, (0, 1, 2), _terms_masked),
+    "schatten_accumulate": _Op(
+        _schatten_accumulate, _reference_accumulate, _cases.schatten_accumulate_inputs, (), _terms_svd),
     "component_svdvals": _Op(
         ops.component_svdvals, _svdvals_of_products, _cases.sum_inputs, (0, 1), _terms_svd),
     "schatten": _Op(
@@ -166,8 +188,8 @@ _OPS = {
 # fmt: on
 
 OPS = tuple(_OPS)
-"""The names that `inputs`, `run` and the rest take: the public ops, the second forms of two of them, and what the
-training step calls instead of one."""
+"""The names that `inputs`, `run` and the rest take: the public ops, the second forms of two of them, and the ops that
+add to gradients, given as they are with their gradients copied."""
 
 
 def cpu_backends(op: str) -> list[str]:
@@ -280,6 +302,8 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
         outputs = [_largest(t, -1) for t in outputs]
     if op in ("component_svdvals", "schatten"):
         grads = [_largest(t, -2, -1) for t in grads]
+    if op == "schatten_accumulate":
+        outputs[1:] = [_largest(t, -2, -1) for t in outputs[1:]]
     return Answer(outputs, grads)
 
 

@@ -307,24 +307,41 @@ def svd_jobs(source: Source, I: int, C: int, m: int, d_in: int, d_out: int, b: i
     def slope(base: Array, p: float) -> Array:
         return p / 2 * base ** (p / 2 - 1)
 
-    for exact, p, batch, gradients in (
-        (1, 0.9, b, 1),
-        (1, 2.0, -1, 1),
-        (1, 1.0, b, 0),
-        (0, 0.9, -1, 1),
-        (0, 4.0, b, 0),
+    there = [source.normal(*f.shape) for f in (At, B)]  # what gradients are added to
+    for exact, p, batch, gradients, scale, accumulate in (
+        (1, 0.9, b, 1, 1.0, 0),
+        (1, 2.0, -1, 1, 1.5, 0),
+        (1, 0.9, b, 1, 0.5, 1),
+        (1, 1.0, b, 0, 1.0, 0),
+        (0, 0.9, -1, 1, 1.0, 0),
+        (0, 0.9, b, 1, 0.5, 1),
+        (0, 4.0, b, 0, 1.0, 0),
     ):
 
         def sum_of(
-            threads: int, exact: int = exact, p: float = p, batch: int = batch, gradients: int = gradients
+            threads: int,
+            exact: int = exact,
+            p: float = p,
+            batch: int = batch,
+            gradients: int = gradients,
+            scale: float = scale,
+            accumulate: int = accumulate,
         ) -> tuple[tuple, list[Array]]:
             loss, grads = poisoned(source.dtype, I), [poisoned(source.dtype, *f.shape) for f in (At, B)]
+            if accumulate:
+                grads = [t.copy() for t in there]
             to = [address(g) if gradients else 0 for g in grads]
-            args = (*map(address, (At, B, counts)), p, eps, batch, bool(exact), address(loss), *to, sizes, threads)
+            how = (p, eps, batch, bool(exact), scale, bool(accumulate))
+            args = (*map(address, (At, B, counts)), *how, address(loss), *to, sizes, threads)
             return args, [loss, *(grads if gradients else [])]
 
         def sum_expected(
-            exact: int = exact, p: float = p, batch: int = batch, gradients: int = gradients
+            exact: int = exact,
+            p: float = p,
+            batch: int = batch,
+            gradients: int = gradients,
+            scale: float = scale,
+            accumulate: int = accumulate,
         ) -> list[tuple[Array, float]]:
             U, sigma, Vt = decomposed()
             squares = np.pad(np.square(sigma), ((0, 0), (0, 0), (0, m - rank))) if exact else norms[0] * norms[1]
@@ -336,11 +353,13 @@ def svd_jobs(source: Source, I: int, C: int, m: int, d_in: int, d_out: int, b: i
             if exact:
                 step = 2 * sigma * slope(np.square(sigma) + eps, p) * counts[..., None]
                 G = sums("icdk,ick,icko->icdo", U, step, Vt)
-                return [sized(loss), sized(sums("icdo,icro->icrd", G, B)), sized(sums("icdo,icrd->icro", G, At))]
-            step = 2 * slope(squares + eps, p) * counts[..., None]
-            return [sized(loss), *(sized((step * norms[1 - j])[..., None] * f) for j, f in enumerate((At, B)))]
+                grads = [sums("icdo,icro->icrd", G, B), sums("icdo,icrd->icro", G, At)]
+            else:
+                step = 2 * slope(squares + eps, p) * counts[..., None]
+                grads = [(step * norms[1 - j])[..., None] * f for j, f in enumerate((At, B))]
+            return [sized(loss), *(sized(scale * g + accumulate * t) for g, t in zip(grads, there, strict=True))]
 
-        yield Job(source.name("schatten"), f"{label} {exact} {p} {batch}", sum_of, sum_expected)
+        yield Job(source.name("schatten"), f"{label} {exact} {p} {batch} {accumulate}", sum_of, sum_expected)
 
     for p, gradients in ((0.9, 1), (2.0, 0)):
 

@@ -10,6 +10,7 @@
 // component; the sum over components is taken in order afterwards.
 #include "../ops.h"
 #include "parallel.h"
+#include "svd_lanes.h"
 
 namespace fastapd {
 namespace FASTAPD_LEVEL {
@@ -152,9 +153,16 @@ double decompose_component(const T* At, const T* B, int64_t m, int64_t d_in, int
   return back;
 }
 
-// out [m, d] = sum_k gx_k . : rows r of the gradient, out[r] = weight * sum_i C[r, i] q[i]
+// One value of a gradient: written, or added in float64 to what is there.
 template <class T>
-void spread(const double* C, const double* q, double weight, int64_t m, int64_t d, T* out, double* row) {
+inline void put(T* out, double value, bool accumulate) {
+  *out = static_cast<T>(accumulate ? static_cast<double>(*out) + value : value);
+}
+
+// rows r of the gradient [m, d], out[r] = weight * sum_i C[r, i] q[i]
+template <class T>
+void spread(const double* C, const double* q, double weight, bool accumulate, int64_t m, int64_t d, T* out,
+            double* row) {
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t i = 0; i < d; ++i) row[i] = 0;
     for (int64_t k = 0; k < m; ++k) {
@@ -162,9 +170,26 @@ void spread(const double* C, const double* q, double weight, int64_t m, int64_t 
       const double* qk = q + k * d;
       for (int64_t i = 0; i < d; ++i) row[i] += c * qk[i];
     }
-    for (int64_t i = 0; i < d; ++i) out[r * d + i] = static_cast<T>(row[i]);
+    for (int64_t i = 0; i < d; ++i) put(out + r * d + i, row[i], accumulate);
   }
 }
+
+// Descending, NaN first.
+void sort_values(double* sigma, int64_t m) {
+  for (int64_t i = 1; i < m; ++i)
+    for (int64_t j = i; j > 0 && !(sigma[j] <= sigma[j - 1]) && sigma[j - 1] == sigma[j - 1]; --j) {
+      const double swap = sigma[j];
+      sigma[j] = sigma[j - 1];
+      sigma[j - 1] = swap;
+    }
+}
+
+// float32 factors go through lanes; where these refuse, and in float64, through the code of this file.
+template <class T>
+constexpr bool kInLanes = sizeof(T) == sizeof(float);
+
+template <class T>
+constexpr int64_t kGrain = kInLanes<T> ? 2 * kGroup : 4;  // components a thread takes at a time
 
 }  // namespace
 
@@ -173,20 +198,38 @@ bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes n, int thr
   const int64_t groups = n.n_instances * n.n_components, m = n.rank;
   Failure failure;
   threads = worth(groups * m * m * (n.d_in + n.d_out), threads);
-  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
-    const Workspace<double> memory(work_size(m, n.d_in, n.d_out));
-    if (memory.data == nullptr) return failure.set();
+  const int64_t in_lanes = kInLanes<T> ? group_size(m, n.d_in, n.d_out) + kGroup * m : 0;
+  parallel_for(groups, kGrain<T>, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(work_size(m, n.d_in, n.d_out)), lanes(in_lanes);
+    if (memory.data == nullptr || lanes.data == nullptr) return failure.set();
     const Work w = work_at(memory.data, m, n.d_in, n.d_out);
-    for (int64_t g = begin; g < end; ++g) {
+    const auto finish = [&](int64_t g, double* sigma) {
+      sort_values(sigma, m);
+      for (int64_t i = 0; i < m; ++i) out[g * m + i] = static_cast<T>(sigma[i]);
+    };
+    const auto alone = [&](int64_t g) {
       double scale_a, scale_b;
       decompose_component(At + g * m * n.d_in, B + g * m * n.d_out, m, n.d_in, n.d_out, false, w, &scale_a, &scale_b);
-      for (int64_t i = 1; i < m; ++i)  // descending, NaN first
-        for (int64_t j = i; j > 0 && !(w.sigma[j] <= w.sigma[j - 1]) && w.sigma[j - 1] == w.sigma[j - 1]; --j) {
-          const double swap = w.sigma[j];
-          w.sigma[j] = w.sigma[j - 1];
-          w.sigma[j - 1] = swap;
+      finish(g, w.sigma);
+    };
+    if constexpr (kInLanes<T>) {
+      double* sigma = lanes.data + group_size(m, n.d_in, n.d_out);
+      for (int64_t g = begin; g < end; g += kGroup) {
+        Group group;
+        group.n = end - g < kGroup ? end - g : kGroup;
+        for (int64_t l = 0; l < group.n; ++l) {
+          group.At[l] = At + (g + l) * m * n.d_in;
+          group.B[l] = B + (g + l) * m * n.d_out;
         }
-      for (int64_t i = 0; i < m; ++i) out[g * m + i] = static_cast<T>(w.sigma[i]);
+        FASTAPD_AT_RANK(svdvals_lanes, m, group, m, n.d_in, n.d_out, lanes.data, sigma)
+        for (int64_t l = 0; l < group.n; ++l)
+          if (group.ok[l])
+            finish(g + l, sigma + l * m);
+          else
+            alone(g + l);
+      }
+    } else {
+      for (int64_t g = begin; g < end; ++g) alone(g);
     }
   });
   return failure.none();
@@ -196,8 +239,8 @@ namespace {
 
 // The exact form of one component: sum_i (sigma_i^2 + eps)^{p/2}, and its gradient times weight if grad_At is given.
 template <class T>
-double exact_component(const T* At, const T* B, double weight, double p, double eps, SchattenSizes n, Work w,
-                       double* row, T* grad_At, T* grad_B) {
+double exact_component(const T* At, const T* B, double weight, double p, double eps, bool accumulate, SchattenSizes n,
+                       Work w, double* row, T* grad_At, T* grad_B) {
   const int64_t m = n.rank;
   double scale_a, scale_b;
   const bool gradient = grad_At != nullptr || grad_B != nullptr;  // one is null when it has no entries
@@ -220,21 +263,21 @@ double exact_component(const T* At, const T* B, double weight, double p, double 
       for (int64_t k = 0; k <= r; ++k) c += w.gx[i * m + k] * w.rb[k * m + r];
       w.v[r * m + i] = c;
     }
-  spread(w.v, w.qa, weight / scale_b, m, n.d_in, grad_At, row);
+  spread(w.v, w.qa, weight / scale_b, accumulate, m, n.d_in, grad_At, row);
   for (int64_t r = 0; r < m; ++r)
     for (int64_t j = 0; j < m; ++j) {
       double c = 0;
       for (int64_t k = 0; k <= r; ++k) c += w.ra[k * m + r] * w.gx[k * m + j];
       w.v[r * m + j] = c;
     }
-  spread(w.v, w.qb, weight / scale_a, m, n.d_out, grad_B, row);
+  spread(w.v, w.qb, weight / scale_a, accumulate, m, n.d_out, grad_B, row);
   return total;
 }
 
 // The factored form of one component, with |a_i|^2 |b_i|^2 in place of sigma_i^2.
 template <class T>
-double factored_component(const T* At, const T* B, double weight, double p, double eps, SchattenSizes n, T* grad_At,
-                          T* grad_B) {
+double factored_component(const T* At, const T* B, double weight, double p, double eps, bool accumulate,
+                          SchattenSizes n, T* grad_At, T* grad_B) {
   double total = 0;
   for (int64_t i = 0; i < n.rank; ++i) {
     const T* a = At + i * n.d_in;
@@ -245,8 +288,8 @@ double factored_component(const T* At, const T* B, double weight, double p, doub
     if (grad_At == nullptr && grad_B == nullptr) continue;
     const double g = 2 * weight * slope(base, p / 2);
     const double ga = g * norm_b, gb = g * norm_a;
-    for (int64_t d = 0; d < n.d_in; ++d) grad_At[i * n.d_in + d] = static_cast<T>(ga * static_cast<double>(a[d]));
-    for (int64_t d = 0; d < n.d_out; ++d) grad_B[i * n.d_out + d] = static_cast<T>(gb * static_cast<double>(b[d]));
+    for (int64_t d = 0; d < n.d_in; ++d) put(grad_At + i * n.d_in + d, ga * static_cast<double>(a[d]), accumulate);
+    for (int64_t d = 0; d < n.d_out; ++d) put(grad_B + i * n.d_out + d, gb * static_cast<double>(b[d]), accumulate);
   }
   return total;
 }
@@ -254,8 +297,8 @@ double factored_component(const T* At, const T* B, double weight, double p, doub
 }  // namespace
 
 template <class T>
-bool schatten(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, bool exact, T* loss,
-              T* grad_At, T* grad_B, SchattenSizes n, int threads) {
+bool schatten(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, bool exact,
+              double scale, bool accumulate, T* loss, T* grad_At, T* grad_B, SchattenSizes n, int threads) {
   const int64_t groups = n.n_instances * n.n_components, m = n.rank;
   const int64_t wide = n.d_in > n.d_out ? n.d_in : n.d_out;
   const int64_t per_thread = exact ? work_size(m, n.d_in, n.d_out) + wide : 0;
@@ -264,11 +307,29 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
   if (sums == nullptr) return false;
   Failure failure;
   threads = worth(groups * m * (exact ? m : 1) * (n.d_in + n.d_out), threads);
-  parallel_for(groups, 4, threads, [&](int64_t begin, int64_t end) {
-    const Workspace<double> memory(per_thread);
-    if (memory.data == nullptr) return failure.set();
+  const int64_t in_lanes = exact && kInLanes<T> ? group_size(m, n.d_in, n.d_out) : 0;
+  parallel_for(groups, kGrain<T>, threads, [&](int64_t begin, int64_t end) {
+    const Workspace<double> memory(per_thread), lanes(in_lanes);
+    if (memory.data == nullptr || lanes.data == nullptr) return failure.set();
     const Work w = exact ? work_at(memory.data, m, n.d_in, n.d_out) : Work{};
     double* row = exact ? memory.data + work_size(m, n.d_in, n.d_out) : nullptr;
+    Group group;
+    int64_t member[kGroup];
+    group.n = 0;
+    const auto flush = [&] {
+      if constexpr (kInLanes<T>) {
+        if (group.n == 0) return;
+        FASTAPD_AT_RANK(schatten_lanes, m, group, p, eps, accumulate, m, n.d_in, n.d_out, lanes.data)
+        for (int64_t l = 0; l < group.n; ++l) {
+          const int64_t g = member[l];
+          const double weight = static_cast<double>(counts[g]);
+          sums[g] = weight * (group.ok[l] ? group.total[l]
+                                          : exact_component(group.At[l], group.B[l], scale * weight, p, eps, accumulate,
+                                                            n, w, row, group.grad_At[l], group.grad_B[l]));
+        }
+        group.n = 0;
+      }
+    };
     for (int64_t g = begin; g < end; ++g) {
       const T* a = At + g * m * n.d_in;
       const T* b = B + g * m * n.d_out;
@@ -276,15 +337,26 @@ bool schatten(const T* At, const T* B, const int64_t* counts, double p, double e
       T* gb = grad_B == nullptr ? nullptr : grad_B + g * m * n.d_out;
       const double weight = static_cast<double>(counts[g]);
       if (counts[g] == 0) {  // an unused component contributes nothing, whatever it holds
-        for (int64_t k = 0; ga != nullptr && k < m * n.d_in; ++k) ga[k] = 0;
-        for (int64_t k = 0; gb != nullptr && k < m * n.d_out; ++k) gb[k] = 0;
+        for (int64_t k = 0; ga != nullptr && !accumulate && k < m * n.d_in; ++k) ga[k] = 0;
+        for (int64_t k = 0; gb != nullptr && !accumulate && k < m * n.d_out; ++k) gb[k] = 0;
         sums[g] = 0;
         continue;
       }
-      const double sum = exact ? exact_component(a, b, weight, p, eps, n, w, row, ga, gb)
-                               : factored_component(a, b, weight, p, eps, n, ga, gb);
+      if constexpr (kInLanes<T>) {
+        if (exact) {
+          const int64_t l = group.n++;
+          member[l] = g;
+          group.At[l] = a, group.B[l] = b, group.grad_At[l] = ga, group.grad_B[l] = gb;
+          group.weight[l] = scale * weight;
+          if (group.n == kGroup) flush();
+          continue;
+        }
+      }
+      const double sum = exact ? exact_component(a, b, scale * weight, p, eps, accumulate, n, w, row, ga, gb)
+                               : factored_component(a, b, scale * weight, p, eps, accumulate, n, ga, gb);
       sums[g] = weight * sum;
     }
+    flush();
   });
   const double off = static_cast<double>(m) * power(eps, p / 2);
   for (int64_t i = 0; i < n.n_instances; ++i) {
@@ -356,11 +428,11 @@ bool schatten_masked(const T* At, const T* B, const T* mask, double p, double ep
   return true;
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                             \
-  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                          \
-  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, T*, T*, T*, \
-                            SchattenSizes, int);                                                           \
-  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,  \
+#define FASTAPD_INSTANTIATE(T)                                                                                       \
+  template bool component_svdvals<T>(const T*, const T*, T*, SchattenSizes, int);                                    \
+  template bool schatten<T>(const T*, const T*, const int64_t*, double, double, int64_t, bool, double, bool, T*, T*, \
+                            T*, SchattenSizes, int);                                                                 \
+  template bool schatten_masked<T>(const T*, const T*, const T*, double, double, int64_t, T*, T*, T*, T*,            \
                                    SchattenSizes, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import define, no_double_backward, with_instances
+from fastapd.ops._op import PLAIN, call, define, no_double_backward, with_instances
 from fastapd.reference.batched_svd import component_svdvals_backward
 
 # ------------------------------------------------------------------------------------------------- singular values
@@ -88,7 +90,8 @@ def _check_schatten(op: str, A: Tensor, B: Tensor, weights: Tensor, p: float, ep
     instances = _check.factors(op, A, B)
     _check.exponent(op, p)
     _check.epsilon(op, eps)
-    name, wanted = ("counts", "integers") if op == "schatten" else ("weights", "integer counts or a float mask")
+    factored = op == "schatten_factored"
+    name, wanted = ("weights", "integer counts or a float mask") if factored else ("counts", "integers")
     if not isinstance(weights, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(weights).__name__}")
     if weights.dtype == torch.bool:
@@ -111,7 +114,7 @@ def _check_schatten(op: str, A: Tensor, B: Tensor, weights: Tensor, p: float, ep
         if weights.dtype.is_complex:
             raise TypeError(f"{op}: {name} must be {wanted}, got {weights.dtype}")
         if tuple(weights.shape) != leading:
-            what = name if op == "schatten" else f"{name}, integer counts,"
+            what = f"{name}, integer counts," if factored else name
             raise ValueError(
                 f"{op}: {what} must have shape [.., n_components] for A {_check.shape(A)}, got {_check.shape(weights)}"
             )
@@ -145,7 +148,7 @@ def _cpu_sum(exact: bool) -> Any:
         loss = A.new_empty(A.shape[0])
         grad_At, grad_B = _gradients(A, B, with_grad)
         run = native.schatten_float32 if A.dtype == torch.float32 else native.schatten_float64
-        inputs = (At.data_ptr(), B.data_ptr(), counts.data_ptr(), p, eps, batch, exact)
+        inputs = (At.data_ptr(), B.data_ptr(), counts.data_ptr(), p, eps, batch, exact, 1.0, False)
         outputs = (loss.data_ptr(), _address(grad_At), _address(grad_B))
         run(*inputs, *outputs, _shape(A, B), torch.get_num_threads())
         return loss, grad_At, grad_B
@@ -180,6 +183,157 @@ _schatten = define("schatten", _SUM, _sum_fake("schatten"), _setup, _sum_backwar
 _schatten_factored = define(
     "schatten_factored", _SUM, _sum_fake("schatten_factored"), _setup, _sum_backward("schatten_factored")
 )
+
+
+# --------------------------------------------------------------------------------------------- into given gradients
+
+
+def _check_accumulate(
+    A: Tensor,
+    B: Tensor,
+    counts: Tensor,
+    p: float,
+    eps: float,
+    batch: int,
+    scale: float,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> None:
+    op = "schatten_accumulate"
+    if not _check_schatten(op, A, B, counts, p, eps, None):
+        raise ValueError(
+            f"{op}: A must have shape [n_instances, n_components, d_in, rank], got {_check.shape(A)}; unsqueeze it"
+        )
+    if counts.is_floating_point():
+        raise TypeError(f"{op}: counts must be integers, got {counts.dtype}")
+    _check.whole(op, "batch", batch, -1, 2**53, "[-1, 2**53]")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__} {scale!r}")
+    _check.tensors(op, A=A, grad_At=grad_At, grad_B=grad_B)
+    for name, grad, factor in (("grad_At", grad_At, A.mT), ("grad_B", grad_B, B)):
+        if grad.shape != factor.shape:
+            raise ValueError(f"{op}: {name} must have shape {_check.shape(factor)}, got {_check.shape(grad)}")
+        if not grad.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(grad.stride())}")
+    for name, t in (("A", A), ("B", B), ("grad_At", grad_At), ("grad_B", grad_B)):
+        _check.no_gradient(op, name, t, "as the gradients are a result")
+
+
+def _is_plain(A: Any, B: Any, counts: Any, p: Any, eps: Any, batch: Any, scale: Any, grad_At: Any, grad_B: Any) -> bool:
+    """Whether everything is as a training step has it on the CPU: a tenth of the time that `_check_accumulate` takes.
+
+    Whatever is not is left to that, which finds out what is wrong, or that nothing is.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    floats = (A, B, grad_At, grad_B)
+    if not (all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in floats) and A.dim() == 4):
+        return False
+    n_instances, n_components, d_in, rank = A.shape
+    return (
+        B.shape == grad_B.shape
+        and B.shape[:3] == (n_instances, n_components, rank)
+        and grad_At.shape == (n_instances, n_components, rank, d_in)
+        and (A.dtype is torch.float32 or A.dtype is torch.float64)
+        and B.dtype is grad_At.dtype is grad_B.dtype is A.dtype
+        and grad_At.is_contiguous()
+        and grad_B.is_contiguous()
+        and type(counts) is Tensor
+        and counts.dtype is torch.int64
+        and counts.is_cpu
+        and counts.layout is torch.strided
+        and counts.shape == (n_instances, n_components)
+        and type(p) is type(eps) is type(scale) is float
+        and 0 < p < math.inf
+        and 0 <= eps < math.inf
+        and type(batch) is int
+        and -1 <= batch <= 2**53
+    )
+
+
+def _accumulate_fake(A: Tensor, B: Tensor, counts: Tensor, p: float, eps: float, batch: int, *rest: Any) -> Tensor:
+    _check_accumulate(A, B, counts, p, eps, batch, *rest[1:])
+    return A.new_empty(A.shape[0])
+
+
+def cpu_schatten_accumulate(
+    A: Tensor,
+    B: Tensor,
+    counts: Tensor,
+    p: float,
+    eps: float,
+    batch: int,
+    exact: bool,
+    scale: float,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> Tensor:
+    """Lets `csrc/cpu/batched_svd.cpp` add to the gradients in the pass that computes them."""
+    native: Any = _native.load("_C").module
+    At, B, counts = A.mT.contiguous(), B.contiguous(), counts.long().contiguous()
+    loss = A.new_empty(A.shape[0])
+    run = native.schatten_float32 if A.dtype == torch.float32 else native.schatten_float64
+    inputs = (At.data_ptr(), B.data_ptr(), counts.data_ptr(), p, eps, batch, exact, scale, True)
+    outputs = (loss.data_ptr(), _address(grad_At), _address(grad_B))
+    run(*inputs, *outputs, _shape(A, B), torch.get_num_threads())
+    torch.autograd.graph.increment_version((grad_At, grad_B))  # which torch's own in-place operations do
+    return loss
+
+
+_schatten_accumulate = define(
+    "schatten_accumulate",
+    "(Tensor A, Tensor B, Tensor counts, float p, float eps, SymInt batch, bool exact, float scale, "
+    "Tensor(a!) grad_At, Tensor(b!) grad_B) -> Tensor",
+    _accumulate_fake,
+)
+
+
+def schatten_accumulate(
+    A: Float[Tensor, "I C d_in m"],
+    B: Float[Tensor, "I C m d_out"],
+    counts: Int[Tensor, "I C"],
+    p: float,
+    eps: float,
+    batch: int,
+    exact: bool,
+    scale: float,
+    grad_At: Float[Tensor, "I C m d_in"],
+    grad_B: Float[Tensor, "I C m d_out"],
+) -> Float[Tensor, " I"]:
+    """The sum of `schatten` or `schatten_factored` by counts, whose gradient is added to that of a training step.
+
+    grad_At += scale * d sum / d At        grad_B += scale * d sum / d B
+
+    Args:
+        A: Left factors; any strides, fastest as the transposed view of a contiguous [I, C, m, d_in].
+        B: Right factors.
+        counts: How many samples use each component.
+        p: The exponent, in (0, inf).
+        eps: Added inside the power.
+        batch: The number of samples: adds what the eps of the unused components contributes. -1 leaves it out.
+        exact: Whether from singular values.
+        scale: Of the gradient alone.
+        grad_At: Changed in place; contiguous, as is the next.
+        grad_B: Changed in place.
+
+    Returns:
+        The sum, [n_instances], not scaled.
+
+    Raises:
+        ValueError: If shapes or devices do not match, a gradient is not contiguous, or p or eps is out of range.
+        TypeError: If a dtype is wrong.
+        NotImplementedError: If a tensor requires gradients where they are recorded: nothing differentiates the result.
+
+    Cost: that of `schatten` or `schatten_factored`, without temporaries of the gradients' size: these are read and
+        written once, and not touched where a count is 0.
+    """
+    if not torch.compiler.is_compiling() and _is_plain(A, B, counts, p, eps, batch, scale, grad_At, grad_B):
+        return call("schatten_accumulate", A, B, counts, p, eps, batch, exact, scale, grad_At, grad_B)
+    _check_accumulate(A, B, counts, p, eps, batch, scale, grad_At, grad_B)
+    return _schatten_accumulate(A, B, counts, float(p), float(eps), batch, exact, float(scale), grad_At, grad_B)
+
+
+# ------------------------------------------------------------------------------------------------------- float masks
 
 
 def _masked_fake(A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float, with_grad: bool) -> tuple[Tensor, ...]:

@@ -21,6 +21,15 @@ def outside_autocast(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that hold numbers and nothing else: no fakes, no subclasses."""
+
+
+def call(name: str, *args: Any) -> Any:
+    """What `torch.ops.fastapd.<name>` does on plain tensors under no_grad, without the cost of torch's dispatcher."""
+    return outside_autocast(backends.choose(name, args), *args)
+
+
 def define(
     name: str,
     schema: str,
@@ -43,7 +52,7 @@ def define(
     """
 
     def run(*args: Any) -> Any:
-        return outside_autocast(backends.choose(name, args), *args)
+        return call(name, *args)
 
     def gradient(ctx: Any, *grads: Tensor) -> Any:
         if backward is None:

@@ -118,6 +118,25 @@ def schatten_factored(
     return total.to(A.dtype), _weighted(counts, grad_At), _weighted(counts, grad_B)
 
 
+def schatten_accumulate(
+    A: Tensor,
+    B: Tensor,
+    counts: Tensor,
+    p: float,
+    eps: float,
+    batch: int,
+    exact: bool,
+    scale: float,
+    grad_At: Tensor,
+    grad_B: Tensor,
+) -> Tensor:
+    """Either sum, with `scale` times its gradients added in place."""
+    total, to_At, to_B = (schatten if exact else schatten_factored)(A, B, counts, p, eps, batch, True)
+    grad_At.add_(to_At, alpha=scale)
+    grad_B.add_(to_B, alpha=scale)
+    return total
+
+
 def schatten_factored_masked(
     A: Tensor, B: Tensor, mask: Tensor, p: float, eps: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import gradcheck
 
 from fastapd import backends, ops, testing
+from fastapd.ops._batched_svd import schatten_accumulate
 
 EXACT, COUNTS, MASKED, VALUES = OPS = ("schatten", "schatten_factored", "schatten_factored_masked", "component_svdvals")
 TINY = testing.Case("tiny", 2, 3, 2, 2, 3, 2, n_outputs=0)
@@ -22,6 +23,10 @@ every = pytest.mark.parametrize("op, backend", testing.pairs(*OPS), indirect=["b
 sums = pytest.mark.parametrize("op, backend", testing.pairs(EXACT, COUNTS, MASKED), indirect=["backend"])
 counted = pytest.mark.parametrize("op, backend", testing.pairs(EXACT, COUNTS), indirect=["backend"])
 factored = pytest.mark.parametrize("op, backend", testing.pairs(COUNTS, MASKED), indirect=["backend"])
+
+
+into = pytest.mark.parametrize("_, backend", testing.pairs("schatten_accumulate"), indirect=["backend"])
+either = pytest.mark.parametrize("exact", [True, False], ids=["exact", "factored"])
 
 
 def with_gradients(op: str, args: tuple) -> testing.Answer:
@@ -335,6 +340,98 @@ def test_schatten_is_the_true_sum_for_orthogonal_factors_and_bounds_it_for_p_of_
     torch.testing.assert_close(total, s.pow(0.7).sum((-1, -2)), rtol=1e-13, atol=0)
 
 
+# ------------------------------------------------------------------------------------------------- into given gradients
+
+
+def accumulated(args: tuple, exact: bool) -> tuple:
+    """The arguments of `schatten_accumulate`, in one of its forms, with copies of the gradients."""
+    return (*args[:6], exact, args[7], *(t.clone() for t in args[8:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("case", testing.CASES)
+@either
+@into
+def test_schatten_accumulate_adds_the_gradients_of_the_sum(_, backend, case, exact, dtype):
+    if dtype == torch.float16 and backend == "cpu":
+        pytest.skip("float16 runs on the reference")
+    args = accumulated(testing.inputs("schatten_accumulate", case, dtype), exact)
+    A, B, counts, p, eps, batch, _, scale, grad_At, grad_B = args
+    before, versions = [t.clone() for t in args[-2:]], [t._version for t in args[-2:]]
+    found = schatten_accumulate(*args)
+    leaves = [t.double().requires_grad_() for t in (A, B)]
+    total = (ops.schatten if exact else ops.schatten_factored)(*leaves, counts, p, eps, batch)
+    total.sum().backward()
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    if dtype == torch.float64:
+        tolerance = {"rtol": 1e-12, "atol": 1e-13}
+    torch.testing.assert_close(found.double(), total.detach(), **tolerance)
+    for got, had, leaf in ((grad_At, before[0], leaves[0].grad.mT), (grad_B, before[1], leaves[1].grad)):
+        size = max(1.0, leaf.abs().max().item()) if leaf.numel() else 1.0
+        torch.testing.assert_close(got.double() / size, (had.double() + scale * leaf) / size, **tolerance)
+    assert all(t._version > n for t, n in zip(args[-2:], versions, strict=True))
+
+
+@either
+@into
+def test_schatten_accumulate_leaves_gradients_of_unused_components_alone(_, backend, exact):
+    args = accumulated(testing.inputs("schatten_accumulate", "odd"), exact)
+    A, _, counts, *_, grad_At, grad_B = args
+    counts[0, 3], counts[1] = 0, 0
+    A[0, 3], grad_At[0, 3], grad_B[1, 2] = math.nan, 3.0, math.nan
+    before = grad_At.clone(), grad_B.clone()
+    assert schatten_accumulate(*args).isfinite().all()
+    testing.assert_bit_equal((grad_At[0, 3], grad_At[1], grad_B[0, 3], grad_B[1]),
+                             (before[0][0, 3], before[0][1], before[1][0, 3], before[1][1]))  # fmt: skip
+    used = counts[0] > 0
+    assert (grad_At[0, used] != before[0][0, used]).any((-1, -2)).all()
+
+
+@either
+@into
+def test_schatten_accumulate_twice_adds_twice(_, backend, exact):
+    args = accumulated(testing.inputs("schatten_accumulate", "tms_40", torch.float64), exact)
+    before = [t.clone() for t in args[-2:]]
+    first = schatten_accumulate(*args)
+    once = [t.clone() for t in args[-2:]]
+    testing.assert_bit_equal(schatten_accumulate(*args), first)
+    for a, b, c in zip(before, once, args[-2:], strict=True):
+        torch.testing.assert_close(c - b, b - a, rtol=0, atol=1e-13 * float((b - a).abs().max()))
+
+
+@either
+@into
+def test_schatten_accumulate_through_the_dispatcher_is_the_same(_, backend, exact):
+    before = testing.inputs("schatten_accumulate", "odd")
+    args, others = accumulated(before, exact), accumulated(before, exact)
+    with torch.no_grad():  # without a graph it goes around the dispatcher
+        total = schatten_accumulate(*args)
+    testing.assert_bit_equal(schatten_accumulate(*accumulated(before, exact)), total)
+    testing.assert_bit_equal(torch.ops.fastapd.schatten_accumulate(*others), total)
+    testing.assert_bit_equal(others[-2:], args[-2:])
+    torch.library.opcheck(torch.ops.fastapd.schatten_accumulate, args)
+
+
+@either
+def test_schatten_accumulate_compiles_to_one_graph(exact):
+    args = accumulated(testing.inputs("schatten_accumulate", "rank1"), exact)
+    others = accumulated(args, exact)
+    total = torch.compile(schatten_accumulate, fullgraph=True, backend="aot_eager")(*others)
+    testing.assert_bit_equal((total, others[-2:]), (schatten_accumulate(*args), args[-2:]))
+
+
+@either
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_schatten_accumulate_is_independent_of_threads(backend, exact, threads):
+    args = testing.inputs("schatten_accumulate", LARGE)
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        mine = accumulated(args, exact)
+        found.append((schatten_accumulate(*mine), *mine[-2:]))
+    testing.assert_bit_equal(found[1:], [found[0]] * 2)
+
+
 A = torch.zeros(2, 3, 4, 2)
 B = torch.zeros(2, 3, 2, 5)
 N = torch.zeros(2, 3, dtype=torch.int64)
@@ -414,6 +511,45 @@ VALUES_REFUSED = [
     (TypeError, (A.to_sparse(), B), "A must be a dense tensor, got layout torch.sparse_coo; call .to_dense()"),
     (TypeError, (A, B.tolist()), "B must be a torch.Tensor, got list"),
 ]  # fmt: skip
+
+G, H = torch.zeros(2, 3, 2, 4), torch.zeros(2, 3, 2, 5)
+
+
+def into_gradients(**changed) -> tuple:
+    return tuple(({"A": A, "B": B, "counts": N, "p": 1.0, "eps": 0.0, "batch": -1, "exact": True, "scale": 1.0,
+                   "grad_At": G, "grad_B": H} | changed).values())  # fmt: skip
+
+
+ACCUMULATE_REFUSED = [
+    (ValueError, {"A": A[0], "B": B[0], "counts": N[0]}, "A must have shape [n_instances, n_components, d_in, rank], "
+     "got [3, 4, 2]; unsqueeze it"),
+    (ValueError, {"B": B[:, :, :1]}, "A and B must share rank, got A [2, 3, 4, 2] and B [2, 3, 1, 5]"),
+    (TypeError, {"counts": M}, "counts must be integers, got torch.float32"),
+    (ValueError, {"counts": N[0]}, f"counts must have shape [.., n_components] for {FACTORS}, got [3]"),
+    (ValueError, {"p": 0.0}, "p must be in (0, inf), got 0.0"),
+    (ValueError, {"eps": -1.0}, "eps must be in [0, inf), got -1.0"),
+    (TypeError, {"batch": None}, "batch must be an int, got NoneType None"),
+    (ValueError, {"batch": -2}, "batch must be in [-1, 2**53], got -2"),
+    (TypeError, {"scale": None}, "scale must be a float, got NoneType None"),
+    (ValueError, {"grad_At": G.mT.contiguous()}, "grad_At must have shape [2, 3, 2, 4], got [2, 3, 4, 2]"),
+    (ValueError, {"grad_B": H[:1]}, "grad_B must have shape [2, 3, 2, 5], got [1, 3, 2, 5]"),
+    (ValueError, {"grad_At": torch.zeros(2, 3, 4, 2).mT}, "grad_At must be contiguous, got strides [24, 8, 1, 2]"),
+    (ValueError, {"grad_B": torch.zeros(2, 3, 2, 9)[..., :5]}, "grad_B must be contiguous, got strides [54, 18, 9, 1]"),
+    (TypeError, {"grad_At": G.double()}, "grad_At must have the dtype of A, torch.float32, got torch.float64"),
+    (TypeError, {"grad_B": None}, "grad_B must be a torch.Tensor, got NoneType"),
+    (ValueError, {"grad_B": H.to("meta")}, "grad_B must be on the device of A, cpu, got meta"),
+    *[(NotImplementedError, {name: t.clone().requires_grad_()}, f"{name} must not require gradients, as the gradients "
+       "are a result; detach it") for name, t in (("A", A), ("B", B), ("grad_At", G), ("grad_B", H))],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, changed, message", ACCUMULATE_REFUSED)
+def test_schatten_accumulate_refuses(error, changed, message):
+    with pytest.raises(error, match=re.escape(f"schatten_accumulate: {message}") + "$"):
+        schatten_accumulate(*into_gradients(**changed))
+    if error is not NotImplementedError:  # without a graph plain tensors are checked in another way
+        with torch.no_grad(), pytest.raises(error, match=re.escape(f"schatten_accumulate: {message}") + "$"):
+            schatten_accumulate(*into_gradients(**changed))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,25 @@ def gradient_of_A_in_the_layout_of_A(right, A, *rest):
     return total, grad_At.mT.reshape(grad_At.shape), *grads
 
 
+def gradient_replaced(right, *args):
+    for t in args[-2:]:
+        t.zero_()
+    return right(*args)
+
+
+def gradient_with_the_scale_forgotten(right, *args):
+    return right(*args[:7], 1.0, *args[8:])
+
+
+def value_with_the_scale(right, *args):
+    return args[7] * right(*args)
+
+
+def gradient_added_twice(right, *args):
+    right(*args)
+    return right(*args)
+
+
 def gradient_of_the_mask_without_the_last_rank(right, A, B, *rest):
     total, grad_At, grad_B, _ = right(A, B, *rest)
     return total, grad_At, grad_B, right(A[..., :-1].contiguous(), B[..., :-1, :].contiguous(), *rest)[3]
@@ -167,6 +186,12 @@ PLANTED = {
     "component_svdvals": [ascending, values_of_the_gram_matrix_in_half_the_digits, without_rotation],
     "schatten": [*SUMS, counts_forgotten_in_the_gradient],
     "schatten_factored": [*SUMS, counts_forgotten_in_the_gradient],
+    "schatten_accumulate": [
+        gradient_replaced,
+        gradient_with_the_scale_forgotten,
+        value_with_the_scale,
+        gradient_added_twice,
+    ],
     "schatten_factored_masked": [*SUMS, gradient_of_the_mask_without_the_last_rank],
 }
 
