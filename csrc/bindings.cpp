@@ -47,11 +47,12 @@ ForwardSizes sizes_of(const ForwardShape& s) { return {s[0], s[1], s[2], s[3], s
 
 template <class T>
 bool run_batch_topk(Address scores, const SelectionAddresses& out, int64_t n_instances, int64_t batch,
-                    int64_t n_components, int64_t capacity, Address counts, int64_t k, int threads) {
+                    int64_t n_components, int64_t capacity, Address counts, int64_t k, Address thresholds,
+                    int threads) {
   const SelectionOut o = {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int32_t>(out[2]), at<int64_t>(out[3]),
                           at<int32_t>(out[4])};
   FASTAPD_AT_LEVEL(batch_topk<T>(at<const T>(scores), o, n_instances, batch, n_components, capacity,
-                                 at<const int64_t>(counts), k, threads))
+                                 at<const int64_t>(counts), k, at<T>(thresholds), threads))
 }
 
 template <class T>

@@ -103,10 +103,12 @@ struct ForwardSizes {
   namespace LEVEL {                                                                                                    \
   /* scores [I, b, C] -> the `capacity` largest of each instance, or counts[i] of them (counts null or [I]; the rest  */ \
   /* of the lists is zero), or, if k >= 0, the k largest of each sample (capacity = k b). Ties: lowest flat index;     */ \
-  /* NaN largest; +-0 equal. False when the workspace (at most b*C keys) cannot be allocated. */                       \
+  /* NaN largest; +-0 equal. thresholds null (always if k >= 0) or [I]: a hint of the smallest selected score of each  */ \
+  /* instance, not finite for none, and then that score. False: no memory for the workspace (at most 2 b*C keys and    */ \
+  /* as many indices). */                                                                                              \
   template <class T>                                                                                                   \
   bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,         \
-                  int64_t capacity, const int64_t* counts, int64_t k, int threads);                                    \
+                  int64_t capacity, const int64_t* counts, int64_t k, T* thresholds, int threads);                     \
   /* out [I, b, C] = sum over outputs of (sum over layers of <x A_c, g B_c^T>)^2. */                                   \
   /* Returns false when its workspace (lanes * (sum d_in + (n_outputs + 1) * sum d_out) values a thread) fails. */     \
   template <class T>                                                                                                   \

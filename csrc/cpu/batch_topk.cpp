@@ -1,11 +1,20 @@
 // The largest of batch * n_components scores of each instance, or of each sample, exactly, as a grouped selection.
 //
-// Radix select: scores become unsigned keys whose order is the contract's (NaN largest, -0 = +0, denormals in order).
-// One pass counts the leading digit, the keys of the digit that holds the threshold are compacted, and the remaining
-// digits are resolved on those alone. One more pass emits every key above the threshold and the first of those equal
-// to it, in flat (sample-major) order; counts per component then give the component-major list by a stable scatter.
-// Work: two reads of the scores plus O(n_pairs). One thread owns one instance.
+// Threshold select: one pass over the scores lists, in flat (sample-major) order, every score above a floor that lies
+// somewhat below the threshold; the exact threshold is then found among the listed by counting. The floor comes from
+// the caller's hint or from a sample. What does not come out is tried again: with too few listed, by the first scores
+// equal to the floor (all that is missing when many scores tie), then with a floor from the sample, then with no floor.
+// Every way ends with the same pairs, as the counts prove. Order: NaN largest, -0 = +0, denormals in order.
+// The selected flat indices are ascending: division gives the sample-major lists, a counting sort the component-major.
+// Work: one read of the scores, a small multiple of n_pairs, and batch + n_components. One thread owns one instance.
 #include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define FASTAPD_COMPRESS 1
+#elif defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "../ops.h"
 #include "parallel.h"
@@ -14,93 +23,392 @@ namespace fastapd {
 namespace FASTAPD_LEVEL {
 namespace {
 
+// Scores as integers of the same width whose order is the contract's.
 template <class T>
-struct Key;
+struct KeyOf;
 template <>
-struct Key<float> {
-  typedef uint32_t type;
-  static constexpr int kBits = 32;
+struct KeyOf<float> {
+  typedef int32_t type;
+  typedef uint32_t bits;
+  static constexpr int32_t kInfinity = 0x7f800000;
 };
 template <>
-struct Key<double> {
-  typedef uint64_t type;
-  static constexpr int kBits = 64;
+struct KeyOf<double> {
+  typedef int64_t type;
+  typedef uint64_t bits;
+  static constexpr int64_t kInfinity = 0x7ff0000000000000;
 };
+template <class T>
+using Key = typename KeyOf<T>::type;
 
 template <class T>
-inline typename Key<T>::type key_of(T score) {
-  typedef typename Key<T>::type U;
-  if (score != score) return ~U{0};
-  score += T{0};  // -0 becomes +0
-  U bits;
+constexpr Key<T> kNaN = static_cast<Key<T>>(~typename KeyOf<T>::bits{0} >> 1);  // the largest key
+template <class T>
+constexpr Key<T> kBelowAll = -kNaN<T> - 1;
+
+template <class T>
+inline Key<T> raw_bits(T score) {
+  Key<T> bits;
   std::memcpy(&bits, &score, sizeof bits);
-  const U sign = U{1} << (Key<T>::kBits - 1);
-  return bits & sign ? ~bits : bits | sign;
+  return bits;
 }
 
-constexpr int kDigitBits = 11;
-constexpr int64_t kBuckets = int64_t{1} << kDigitBits;
-
-// Finds the bucket that holds the wanted-th largest; wanted becomes its rank inside that bucket.
-inline int64_t find_bucket(const int64_t* histogram, int64_t* wanted) {
-  int64_t bucket = kBuckets - 1;
-  while (histogram[bucket] < *wanted) *wanted -= histogram[bucket--];
-  return bucket;
-}
-
-// The wanted-th largest key, and in *ties how many keys equal to it belong to the selection.
+// From the bits of a score: two's complement instead of sign and magnitude; no branches, so that loops of it vectorise.
 template <class T>
-bool threshold(const T* scores, int64_t n, int64_t wanted, typename Key<T>::type* result, int64_t* ties) {
-  typedef typename Key<T>::type U;
-  int64_t histogram[kBuckets];
-  std::memset(histogram, 0, sizeof histogram);
-  int shift = Key<T>::kBits - kDigitBits;
-  for (int64_t i = 0; i < n; ++i) ++histogram[key_of(scores[i]) >> shift];
-  U digit = static_cast<U>(find_bucket(histogram, &wanted));
-  int64_t n_left = histogram[digit];
-  const Workspace<U> kept(n_left);
-  U* left = kept.data;
-  if (left == nullptr) return false;
-  int64_t filled = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const U key = key_of(scores[i]);
-    if (key >> shift == digit) left[filled++] = key;
+inline Key<T> key_of_bits(Key<T> bits) {
+  const Key<T> magnitude = bits & kNaN<T>;
+  const Key<T> key = bits < 0 ? -magnitude : magnitude;
+  return magnitude > KeyOf<T>::kInfinity ? kNaN<T> : key;
+}
+
+template <class T>
+inline Key<T> key_of(T score) {
+  return key_of_bits<T>(raw_bits(score));
+}
+
+template <class T>
+inline T score_of(Key<T> key) {
+  const Key<T> bits = key < 0 ? -key | kBelowAll<T> : key;
+  T score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+// ------------------------------------------------------------------------------------------------------------- listing
+
+enum Test { kAbove, kEqual, kIsNaN };
+
+template <Test kTest, class T>
+inline bool passes(T score, T limit) {
+  if (kTest == kAbove) return !(score <= limit);  // NaN is above
+  if (kTest == kEqual) return score == limit;
+  return score != score;
+}
+
+constexpr int64_t kGroup = 64;
+
+// Bit l: whether scores[l] passes, for a group of scores.
+#if FASTAPD_COMPRESS
+template <Test kTest>
+inline uint64_t passing(const float* scores, float limit) {
+  constexpr int kCompare = kTest == kAbove ? _CMP_NLE_UQ : kTest == kEqual ? _CMP_EQ_OQ : _CMP_UNORD_Q;
+  const __m512 limits = _mm512_set1_ps(limit);
+  uint64_t mask = 0;
+  for (int v = 0; v < 4; ++v) {
+    const __m512 x = _mm512_loadu_ps(scores + 16 * v);
+    mask |= static_cast<uint64_t>(_mm512_cmp_ps_mask(x, kTest == kIsNaN ? x : limits, kCompare)) << (16 * v);
   }
-  U prefix = digit << shift;
-  while (shift > 0) {
-    const int width = shift < kDigitBits ? shift : kDigitBits;
-    shift -= width;
-    const U mask = (U{1} << width) - 1;
-    std::memset(histogram, 0, sizeof histogram);
-    for (int64_t i = 0; i < n_left; ++i) ++histogram[(left[i] >> shift) & mask];
-    digit = static_cast<U>(find_bucket(histogram, &wanted));
-    filled = 0;
-    for (int64_t i = 0; i < n_left; ++i)
-      if (((left[i] >> shift) & mask) == digit) left[filled++] = left[i];
-    n_left = filled;
-    prefix |= digit << shift;
+  return mask;
+}
+template <Test kTest>
+inline uint64_t passing(const double* scores, double limit) {
+  constexpr int kCompare = kTest == kAbove ? _CMP_NLE_UQ : kTest == kEqual ? _CMP_EQ_OQ : _CMP_UNORD_Q;
+  const __m512d limits = _mm512_set1_pd(limit);
+  uint64_t mask = 0;
+  for (int v = 0; v < 8; ++v) {
+    const __m512d x = _mm512_loadu_pd(scores + 8 * v);
+    mask |= static_cast<uint64_t>(_mm512_cmp_pd_mask(x, kTest == kIsNaN ? x : limits, kCompare)) << (8 * v);
   }
-  *result = prefix;
-  *ties = wanted;
+  return mask;
+}
+#else
+template <class V>
+inline uint64_t sign_bits(V lanes) {  // of the result of a comparison, -1 or 0 in each lane
+  constexpr int kLanesOfV = sizeof(V) / sizeof(lanes[0]);
+#if defined(__AVX2__)
+  if (sizeof(lanes[0]) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)lanes));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)lanes));
+#elif defined(__SSE2__)
+  if (sizeof(lanes[0]) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)lanes));
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)lanes));
+#endif
+  uint64_t mask = 0;
+  for (int lane = 0; lane < kLanesOfV; ++lane) mask |= static_cast<uint64_t>(lanes[lane] & 1) << lane;
+  return mask;
+}
+template <Test kTest, class T>
+inline uint64_t passing(const T* scores, T limit) {
+  const vec<T> limits = vec<T>{} + limit;
+  uint64_t mask = 0;
+  for (int64_t at = 0; at < kGroup; at += kLanes<T>) {
+    const vec<T> x = load(scores + at);
+    const auto lanes = kTest == kAbove ? ~(x <= limits) : kTest == kEqual ? x == limits : x != x;
+    mask |= sign_bits(lanes) << at;
+  }
+  return mask;
+}
+#endif
+
+// Writes the flat index and the bits of the scores in the mask, at first + their place in the group, without gaps;
+// what lies up to a group behind them is overwritten. Returns how many they are.
+template <class T>
+inline int64_t pack(uint64_t mask, const T* scores, int32_t first, int32_t* index, Key<T>* bits) {
+  int64_t n = 0;
+#if FASTAPD_COMPRESS  // into a register and out as a whole: compressing stores are slow on some processors
+  if (sizeof(T) == 4) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int v = 0; v < 4; ++v) {
+      const __mmask16 m = static_cast<__mmask16>(mask >> (16 * v));
+      const __m512i place = _mm512_add_epi32(lane, _mm512_set1_epi32(first + 16 * v));
+      _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(m, place));
+      _mm512_storeu_si512(bits + n, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(scores + 16 * v)));
+      n += __builtin_popcount(m);
+    }
+  } else {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int v = 0; v < 8; ++v) {
+      const __mmask8 m = static_cast<__mmask8>(mask >> (8 * v));
+      const __m256i place = _mm256_add_epi32(lane, _mm256_set1_epi32(first + 8 * v));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + n), _mm256_maskz_compress_epi32(m, place));
+      _mm512_storeu_si512(bits + n, _mm512_maskz_compress_epi64(m, _mm512_loadu_si512(scores + 8 * v)));
+      n += __builtin_popcount(m);
+    }
+  }
+#else
+  for (; mask != 0; mask &= mask - 1, ++n) {
+    const int lane = __builtin_ctzll(mask);
+    index[n] = first + lane;
+    bits[n] = raw_bits(scores[lane]);
+  }
+#endif
+  return n;
+}
+
+// Lists what passes of scores[0:n], in order, and stops when more than `most` are listed. Returns how many are: index
+// and bits have room for most + kGroup.
+template <Test kTest, class T>
+int64_t list(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* bits) {
+  int64_t listed = 0, at = 0;
+  for (; at + kGroup <= n && listed <= most; at += kGroup) {
+    const uint64_t mask = passing<kTest>(scores + at, limit);
+    if (mask != 0) listed += pack(mask, scores + at, static_cast<int32_t>(at), index + listed, bits + listed);
+  }
+  for (; at < n && listed <= most; ++at) {
+    index[listed] = static_cast<int32_t>(at);
+    bits[listed] = raw_bits(scores[at]);
+    listed += passes<kTest>(scores[at], limit);
+  }
+  return listed;
+}
+
+// ----------------------------------------------------------------------------------------------------------- threshold
+
+template <class K>
+inline int64_t count_above(const K* keys, int64_t n, K limit) {
+  K count = 0;  // as wide as a key, so that the loop vectorises; n < 2^31
+  for (int64_t i = 0; i < n; ++i) count += keys[i] > limit;
+  return count;
+}
+
+// The selected keys: all that are above the limit, and the first `ties` of those equal to it.
+template <class T>
+struct Limit {
+  Key<T> above;
+  int64_t ties;
+};
+
+constexpr int64_t kManyKeys = 1 << 15;
+
+// Finds the limit of the wanted > 0 largest of keys[0:n], all of them above `low`, n >= wanted. Narrows (low, high] by
+// interpolation and halving in turn, until as many as wanted are above one end or the ends are neighbours. Of many
+// keys only those between the ends stay in the count; false when there is no memory for them.
+template <class T>
+bool find_limit(const Key<T>* keys, int64_t n, int64_t wanted, Key<T> low, Limit<T>* result) {
+  typedef typename KeyOf<T>::bits U;
+  Key<T> high = low;
+  for (int64_t i = 0; i < n; ++i) high = keys[i] > high ? keys[i] : high;
+  int64_t above_low = n, above_high = 0, left_out = 0;  // left_out: keys above `high` that are no longer in keys[0:n]
+  Key<T>* between = nullptr;
+  for (bool halve = false; above_low > wanted; halve = !halve) {
+    const U width = static_cast<U>(high) - static_cast<U>(low);
+    if (width <= 1) break;
+    U step = width / 2;
+    if (!halve) {
+      const double part = static_cast<double>(above_low - wanted) / static_cast<double>(above_low - above_high);
+      const U guess = static_cast<U>(part * static_cast<double>(width));
+      if (guess > 0 && guess < width) step = guess;
+    }
+    const Key<T> middle = static_cast<Key<T>>(static_cast<U>(low) + step);
+    const int64_t above = left_out + count_above(keys, n, middle);
+    if (above >= wanted) {
+      low = middle;
+      above_low = above;
+    } else {
+      high = middle;
+      above_high = above;
+    }
+    const int64_t inside = above_low - above_high;
+    if (n > kManyKeys && inside < n / 4) {
+      if (between == nullptr)
+        between = static_cast<Key<T>*>(__builtin_malloc(sizeof(Key<T>) * static_cast<size_t>(inside + 1)));
+      if (between == nullptr) return false;
+      int64_t kept = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        between[kept] = keys[i];
+        kept += (keys[i] > low) & (keys[i] <= high);
+      }
+      keys = between;
+      n = kept;
+      left_out = above_high;
+    }
+  }
+  __builtin_free(between);
+  *result = above_low == wanted ? Limit<T>{low, 0} : Limit<T>{high, wanted - above_high};
   return true;
 }
 
-// From the sample-major list (component, sample_offsets) and the counts in offsets[c + 1] to the component-major one.
-inline bool group_by_component(SelectionOut out, int64_t batch, int64_t n_components) {
-  const Workspace<int64_t> cursors(n_components);
-  int64_t* cursor = cursors.data;
-  if (cursor == nullptr) return false;
-  for (int64_t c = 0; c < n_components; ++c) {
-    cursor[c] = out.offsets[c];
-    out.offsets[c + 1] += out.offsets[c];
-  }
-  for (int64_t s = 0; s < batch; ++s)
-    for (int64_t j = out.sample_offsets[s]; j < out.sample_offsets[s + 1]; ++j) {
-      const int64_t place = cursor[out.component[j]]++;
-      out.sample[place] = static_cast<int32_t>(s);
-      out.position[j] = static_cast<int32_t>(place);
+// Keeps of the indices those whose keys are within the limit, in order.
+template <class T>
+void keep(int32_t* index, const Key<T>* keys, int64_t n, Limit<T> limit) {
+  int64_t kept = 0, i = 0;
+#if FASTAPD_COMPRESS
+  if (limit.ties == 0) {  // a store reaches no index that was not read yet
+    if (sizeof(T) == 4) {
+      const __m512i above = _mm512_set1_epi32(static_cast<int32_t>(limit.above));
+      for (; i + 16 <= n; i += 16) {
+        const __mmask16 m = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + i), above);
+        _mm512_storeu_si512(index + kept, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(index + i)));
+        kept += __builtin_popcount(m);
+      }
+    } else {
+      const __m512i above = _mm512_set1_epi64(limit.above);
+      for (; i + 8 <= n; i += 8) {
+        const __mmask8 m = _mm512_cmpgt_epi64_mask(_mm512_loadu_si512(keys + i), above);
+        const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + kept), _mm256_maskz_compress_epi32(m, of));
+        kept += __builtin_popcount(m);
+      }
     }
-  return true;
+  }
+#endif
+  for (; i < n; ++i) {
+    const int tie = (keys[i] == limit.above) & (limit.ties > 0);
+    index[kept] = index[i];
+    kept += (keys[i] > limit.above) | tie;
+    limit.ties -= tie;
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------- floor
+
+// How much of n scores a floor is estimated from.
+inline int64_t sample_size(int64_t n) {
+  return n < (1 << 11) ? 0 : n < (1 << 15) ? 512 : n < (1 << 18) ? 1024 : n < (1 << 21) ? 2048 : 4096;
+}
+constexpr int64_t kLargestSample = 4096;
+
+// A score somewhat below the wanted-th largest: of the sample, more are above it than can be expected of the wanted, by
+// four standard deviations. -inf when that is the whole sample. One score of each stretch, at a place that no period
+// of the scores follows.
+template <class T>
+T sampled_floor(const T* scores, int64_t n, int64_t wanted) {
+  const int64_t size = sample_size(n);
+  const T lowest = score_of<T>(key_of_bits<T>(KeyOf<T>::kInfinity | kBelowAll<T>));
+  const double expected = static_cast<double>(wanted) * static_cast<double>(size) / static_cast<double>(n);
+  const int64_t rank = static_cast<int64_t>(expected + 4 * __builtin_sqrt(expected)) + 4;
+  if (rank >= size) return lowest;
+  Key<T> keys[kLargestSample];
+  const int64_t stretch = n / size;
+  for (int64_t i = 0; i < size; ++i) {
+    uint32_t hash = static_cast<uint32_t>(i) * 0x9e3779b1u;
+    hash = (hash ^ (hash >> 15)) * 0x85ebca77u;
+    hash ^= hash >> 13;
+    const int64_t within = static_cast<int64_t>((static_cast<uint64_t>(hash) * static_cast<uint64_t>(stretch)) >> 32);
+    keys[i] = raw_bits(scores[i * stretch + within]);
+  }
+  for (int64_t i = 0; i < size; ++i) keys[i] = key_of_bits<T>(keys[i]);
+  Limit<T> limit;
+  find_limit<T>(keys, size, rank, kBelowAll<T>, &limit);  // too few keys to need memory
+  return score_of<T>(limit.above);
+}
+
+// ----------------------------------------------------------------------------------------------------------- selection
+
+// What one instance works on: its scores and how many of them are wanted, and what is selected: the flat indices,
+// ascending, and the smallest of the scores if asked for.
+template <class T>
+struct Batch {
+  const T* scores;
+  int64_t n, wanted;
+  bool wants_threshold;
+  T threshold;
+};
+
+enum class Outcome { kDone, kMissed, kNoMemory };
+
+// Merges ascending left[0:n_left] and right[0:n_right] to out.
+inline void merge(const int32_t* left, int64_t n_left, const int32_t* right, int64_t n_right, int32_t* out) {
+  int64_t l = 0, r = 0;
+  while (l < n_left && r < n_right) {
+    const bool first = left[l] < right[r];
+    out[l + r] = first ? left[l] : right[r];
+    l += first;
+    r += !first;
+  }
+  std::memcpy(out + l + r, left + l, sizeof(int32_t) * static_cast<size_t>(n_left - l));
+  std::memcpy(out + n_left + r, right + r, sizeof(int32_t) * static_cast<size_t>(n_right - r));
+}
+
+// Selects through the list of the scores above a floor, if at most `most` >= wanted are. Missed when the floor is too
+// low for that, or so high that there are too few even with those that are equal to it.
+template <class T>
+Outcome select_above(Batch<T>* batch, T floor, int64_t most, int32_t* selected) {
+  const int64_t wanted = batch->wanted;
+  const Workspace<int32_t> indices(most + kGroup);
+  const Workspace<Key<T>> of_listed(most + kGroup);
+  int32_t* index = indices.data;
+  Key<T>* keys = of_listed.data;
+  if (index == nullptr || keys == nullptr) return Outcome::kNoMemory;
+  const bool nan = floor != floor;  // above which there is nothing
+  const int64_t n = nan ? 0 : list<kAbove>(batch->scores, batch->n, floor, most, index, keys);
+  if (n > most) return Outcome::kMissed;
+  if (n < wanted) {
+    const int64_t missing = wanted - n;
+    const auto equal = nan ? list<kIsNaN, T> : list<kEqual, T>;
+    if (equal(batch->scores, batch->n, floor, missing - 1, index + n, keys) < missing) return Outcome::kMissed;
+    merge(index, n, index + n, missing, selected);
+    batch->threshold = floor;
+    return Outcome::kDone;
+  }
+  for (int64_t i = 0; i < n; ++i) keys[i] = key_of_bits<T>(keys[i]);
+  Limit<T> limit;
+  if (!find_limit<T>(keys, n, wanted, kBelowAll<T>, &limit)) return Outcome::kNoMemory;
+  if (batch->wants_threshold) {
+    Key<T> least = limit.ties > 0 ? limit.above : kNaN<T>;
+    if (limit.ties == 0)
+      for (int64_t i = 0; i < n; ++i) least = (keys[i] > limit.above) & (keys[i] < least) ? keys[i] : least;
+    batch->threshold = score_of<T>(least);
+  }
+  keep<T>(index, keys, n, limit);
+  std::memcpy(selected, index, sizeof(int32_t) * static_cast<size_t>(wanted));
+  return Outcome::kDone;
+}
+
+// The first way that leads to the wanted pairs: from the hint, from a sample, without a floor. False: no memory.
+template <class T>
+bool select_flat(Batch<T>* batch, T hint, int32_t* selected) {
+  const int64_t n = batch->n, wanted = batch->wanted, size = sample_size(n);
+  const int64_t ample = 4 * wanted + (size > 0 ? 16 * (n / size) : n);
+  const int64_t most = ample < n ? ample : n;
+  Outcome outcome = Outcome::kMissed;
+  if (hint - hint == 0) {  // finite
+    const T floor = hint - (hint < 0 ? -hint : hint) / 8;
+    outcome = select_above(batch, floor, most, selected);
+  }
+  if (outcome == Outcome::kMissed && size > 0)
+    outcome = select_above(batch, sampled_floor(batch->scores, n, wanted), most, selected);
+  if (outcome == Outcome::kMissed) outcome = select_above(batch, -static_cast<T>(__builtin_inf()), n, selected);
+  return outcome == Outcome::kDone;
+}
+
+// ------------------------------------------------------------------------------------------------------------ grouping
+
+// Turns the counts in offsets[c + 1] into offsets, and cursor[c] into where the component's list begins.
+inline void begin_lists(int64_t* offsets, int64_t* cursor, int64_t n_components) {
+  for (int64_t c = 0; c < n_components; ++c) {
+    cursor[c] = offsets[c];
+    offsets[c + 1] += offsets[c];
+  }
 }
 
 inline void clear_offsets(SelectionOut out, int64_t batch, int64_t n_components) {
@@ -108,27 +416,46 @@ inline void clear_offsets(SelectionOut out, int64_t batch, int64_t n_components)
   std::memset(out.sample_offsets, 0, sizeof(int64_t) * static_cast<size_t>(batch + 1));
 }
 
+// From ascending flat indices to both orders of the selection; the indices become the samples of the pairs.
+inline bool group(int32_t* index, int64_t n_pairs, SelectionOut out, int64_t batch, int64_t n_components) {
+  const Workspace<int64_t> cursors(n_components);
+  int64_t* cursor = cursors.data;
+  if (cursor == nullptr) return false;
+  // (i + 1/2) / C is at least 1/2C away from the next integer, far more than doubles below 2^31 are rounded by.
+  const double inverse = 1 / static_cast<double>(n_components);
+  const int32_t width = static_cast<int32_t>(n_components);
+  for (int64_t j = 0; j < n_pairs; ++j) {
+    const int32_t sample = static_cast<int32_t>((index[j] + 0.5) * inverse);
+    out.component[j] = index[j] - sample * width;
+    index[j] = sample;
+  }
+  for (int64_t j = 0; j < n_pairs; ++j) {
+    out.sample_offsets[index[j] + 1] = j + 1;  // of a sample the last stays
+    ++out.offsets[out.component[j] + 1];
+  }
+  for (int64_t s = 0; s < batch; ++s)
+    if (out.sample_offsets[s + 1] == 0) out.sample_offsets[s + 1] = out.sample_offsets[s];
+  begin_lists(out.offsets, cursor, n_components);
+  for (int64_t j = 0; j < n_pairs; ++j) {
+    const int64_t place = cursor[out.component[j]]++;
+    out.sample[place] = index[j];
+    out.position[j] = static_cast<int32_t>(place);
+  }
+  return true;
+}
+
+// threshold: a hint of the smallest selected score, and then that score; null when nobody asks.
 template <class T>
-bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs) {
-  typedef typename Key<T>::type U;
+bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs,
+                  T* threshold) {
   clear_offsets(out, batch, n_components);
   if (n_pairs == 0) return true;
-  U limit;
-  int64_t ties;
-  if (!threshold(scores, batch * n_components, n_pairs, &limit, &ties)) return false;
-  int64_t emitted = 0;
-  for (int64_t s = 0; s < batch; ++s) {
-    const T* row = scores + s * n_components;
-    for (int64_t c = 0; c < n_components; ++c) {
-      const U key = key_of(row[c]);
-      if (key < limit) continue;
-      if (key == limit && ties-- <= 0) continue;
-      out.component[emitted++] = static_cast<int32_t>(c);
-      ++out.offsets[c + 1];
-    }
-    out.sample_offsets[s + 1] = emitted;
-  }
-  return group_by_component(out, batch, n_components);
+  const Workspace<int32_t> selected(n_pairs);
+  if (selected.data == nullptr) return false;
+  Batch<T> of = {scores, batch * n_components, n_pairs, threshold != nullptr, T{0}};
+  if (!select_flat(&of, threshold != nullptr ? *threshold : score_of<T>(kNaN<T>), selected.data)) return false;
+  if (threshold != nullptr) *threshold = of.threshold;
+  return group(selected.data, n_pairs, out, batch, n_components);
 }
 
 // The smallest of heap[0 : k] is at its root.
@@ -146,10 +473,25 @@ inline void sift_down(U* heap, int64_t k, int64_t at) {
   }
 }
 
+// From the sample-major list of samples of k pairs each, and the counts in offsets[c + 1], to the component-major one.
+inline bool group_samples(SelectionOut out, int64_t batch, int64_t n_components) {
+  const Workspace<int64_t> cursors(n_components);
+  int64_t* cursor = cursors.data;
+  if (cursor == nullptr) return false;
+  begin_lists(out.offsets, cursor, n_components);
+  for (int64_t s = 0; s < batch; ++s)
+    for (int64_t j = out.sample_offsets[s]; j < out.sample_offsets[s + 1]; ++j) {
+      const int64_t place = cursor[out.component[j]]++;
+      out.sample[place] = static_cast<int32_t>(s);
+      out.position[j] = static_cast<int32_t>(place);
+    }
+  return true;
+}
+
 // The k largest of each sample: a heap of k keys finds the sample's threshold, a second walk over the row emits.
 template <class T>
 bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t k) {
-  typedef typename Key<T>::type U;
+  typedef Key<T> U;
   clear_offsets(out, batch, n_components);
   if (k == 0) return true;
   const Workspace<U> keys(k);
@@ -178,16 +520,18 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
     }
     out.sample_offsets[s + 1] = emitted;
   }
-  return group_by_component(out, batch, n_components);
+  return group_samples(out, batch, n_components);
 }
 
 }  // namespace
 
 // capacity: entries of each instance's lists. counts [I] (may be null): how many pairs each instance selects, at most
-// capacity, in place of capacity; what lies beyond is set to zero. k >= 0: k of each sample instead.
+// capacity, in place of capacity; what lies beyond is set to zero. k >= 0: k of each sample instead. thresholds [I]
+// (may be null, and must be if k >= 0): of each instance a hint of its smallest selected score (not finite: none), and
+// then that score; kept where nothing is selected.
 template <class T>
 bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,
-                int64_t capacity, const int64_t* counts, int64_t k, int threads) {
+                int64_t capacity, const int64_t* counts, int64_t k, T* thresholds, int threads) {
   Failure failure;
   threads = worth(n_instances * batch * n_components, threads);
   parallel_for(n_instances, 1, threads, [&](int64_t begin, int64_t end) {
@@ -198,7 +542,8 @@ bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t 
       const T* of = scores + i * batch * n_components;
       const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
       const bool ok =
-          k >= 0 ? select_samples(of, at, batch, n_components, k) : select_batch(of, at, batch, n_components, n_pairs);
+          k >= 0 ? select_samples(of, at, batch, n_components, k)
+                 : select_batch(of, at, batch, n_components, n_pairs, thresholds == nullptr ? nullptr : thresholds + i);
       if (!ok) failure.set();
       for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
     }
@@ -206,8 +551,9 @@ bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t 
   return failure.none();
 }
 
-#define FASTAPD_INSTANTIATE(T) \
-  template bool batch_topk<T>(const T*, SelectionOut, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t, int);
+#define FASTAPD_INSTANTIATE(T)                                                                                         \
+  template bool batch_topk<T>(const T*, SelectionOut, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t, T*, \
+                              int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
 

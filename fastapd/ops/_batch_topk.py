@@ -92,7 +92,7 @@ def _cpu_select(scores: Tensor, capacity: int, counts: Tensor | None, k: int) ->
     native: Any = _native.load("_C").module
     run = native.batch_topk_float32 if scores.dtype == torch.float32 else native.batch_topk_float64
     to, limits = [t.data_ptr() for t in out], 0 if counts is None else counts.data_ptr()
-    run(scores.data_ptr(), to, *scores.shape, capacity, limits, k, torch.get_num_threads())
+    run(scores.data_ptr(), to, *scores.shape, capacity, limits, k, 0, torch.get_num_threads())
     return out
 
 
