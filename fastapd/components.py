@@ -134,10 +134,24 @@ class Components(nn.Module):
 
     def factors(self, name: str) -> tuple[Float[Tensor, "I C d_in m"], Float[Tensor, "I C m d_out"]]:
         """(A, B) of a layer, as views."""
+        At, B = self.stored(name)
+        return At.mT, B
+
+    def stored(self, name: str) -> tuple[Float[Tensor, "I C m d_in"], Float[Tensor, "I C m d_out"]]:
+        """(At, B) of a layer as parameters; a tied layer's are its owner's, with roles swapped."""
         owner = self.layers[name].tied_to
         if owner is None:
-            return self.At[_key(name)].mT, self.B[_key(name)]
-        return self.B[_key(owner)].mT, self.At[_key(owner)]
+            return self.At[_key(name)], self.B[_key(name)]
+        return self.B[_key(owner)], self.At[_key(owner)]
+
+    def gradients(self, name: str) -> tuple[Float[Tensor, "I C m d_in"], Float[Tensor, "I C m d_out"]]:
+        """The gradients of `stored(name)`, made where they are missing; new ones hold anything."""
+        found = []
+        for parameter in self.stored(name):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            found.append(parameter.grad)
+        return found[0], found[1]
 
     def weight(self, name: str) -> Float[Tensor, "I d_in d_out"]:
         """The sum of a layer's components."""

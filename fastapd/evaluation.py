@@ -52,7 +52,8 @@ class Step(NamedTuple):
         batch = self.attributions.shape[1]
         if self.selection is None:
             return torch.full_like(self.attributions[:, 0], batch, dtype=torch.int64)
-        return torch.nn.functional.pad(self.selection.counts, (0, self.always_on), value=batch)
+        counts = self.selection.counts
+        return torch.nn.functional.pad(counts, (0, self.always_on), value=batch) if self.always_on else counts
 
 
 def select(attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None = None) -> Selection:
@@ -99,6 +100,7 @@ def evaluate(
     activations: Activations | None = None,
     output_reconstruction: bool = False,
     distance: Distance | None = None,
+    accumulate: bool = False,
 ) -> Step:
     """All losses of one batch, differentiable in the components.
 
@@ -110,6 +112,8 @@ def evaluate(
             are.
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
         distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
+        accumulate: Whether the gradients of the total are to be left in the components: those of terms of the weights
+            alone replace what is there at once, and `total.backward()` adds the others.
     """
     of_target = method.attribution == "gradient" and method.attribution_model == "target"
     target = model.record_target(x, differentiable=of_target and model.plan(x).form == "reverse")
@@ -127,13 +131,21 @@ def evaluate(
     selection = None if method.topk is None else select(ranked, method, x)
     step = Step(x.new_zeros(()), {}, attributions, selection, always_on)
     terms = step.terms
-    if method.faithfulness:
+    each = 1 / model.components.n_instances  # the total is a mean over instances
+    if accumulate and method.faithfulness:
+        scale = method.faithfulness * each
+        terms["faithfulness"] = losses.faithfulness_accumulate(model.components, model.weights, model.n_params, scale)
+    elif accumulate:
+        for name in model.components.multiplicity:
+            for gradient in model.components.gradients(name):
+                gradient.zero_()
+    elif method.faithfulness:
         terms["faithfulness"] = losses.faithfulness(model.components, model.weights, model.n_params)
     if full is not None and output_reconstruction:
         terms["output_reconstruction"] = distance(rows(full.output), rows(output))
     masked = full
     if selection is not None and (method.minimality or method.activation_reconstruction):
-        masked = model.forward(x, selection, always_on)
+        masked = model.forward(x, selection, always_on, accumulate)
         if method.minimality:
             terms["minimality"] = distance(rows(masked.output), rows(output))
     if masked is not None and method.activation_reconstruction:
@@ -145,14 +157,13 @@ def evaluate(
         if method.lp_sparsity:
             terms["lp_sparsity"] = losses.lp_sparsity(weights)
     if method.simplicity:
-        if selection is not None:
-            weights = step.counts
-        assert weights is not None
-        batch = attributions.shape[1]
-        exact = method.schatten == "exact"
-        terms["simplicity"] = losses.simplicity(
-            model.components, weights, method.p, method.eps, model.n_params, batch, exact
-        )
+        batch, exact = attributions.shape[1], method.schatten == "exact"
+        common = model.components, step.counts if weights is None else weights, method.p, method.eps, model.n_params
+        if accumulate and weights is None:
+            scale = method.simplicity * each
+            terms["simplicity"] = losses.simplicity_accumulate(*common, batch, exact, scale)
+        else:
+            terms["simplicity"] = losses.simplicity(*common, batch, exact)
     weighted = [getattr(method, name) * term for name, term in terms.items() if getattr(method, name)]
     if not weighted:
         return step

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastapd.components import Components
 from fastapd.ops import component_sum_loss, schatten, schatten_factored
+from fastapd.ops._batched_svd import schatten_accumulate
+from fastapd.ops._component_sum import component_sum_loss_accumulate
 
 
 def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params: int) -> Float[Tensor, " I"]:
@@ -29,15 +33,45 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params
     )
 
 
+@torch.no_grad()
+def faithfulness_accumulate(
+    components: Components, weights: Mapping[str, Tensor], n_params: int, scale: float
+) -> Float[Tensor, " I"]:
+    """`faithfulness` without a graph; scale times its gradient replaces what the components' gradients hold."""
+    terms = []
+    for name, uses in components.multiplicity.items():
+        factors, gradients = components.stored(name), components.gradients(name)
+        each = uses / n_params
+        loss = component_sum_loss_accumulate(*factors, weights[name], scale * each, *gradients, True)
+        terms.append(loss * each)
+    return _sum(terms)
+
+
+class _SquaredError(torch.autograd.Function):
+    """sum_bo (f − f*)² of [I, b, o]; one pass backward, where autograd would take three."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target_output: Tensor) -> Tensor:
+        error = output - target_output
+        ctx.save_for_backward(error)
+        return error.square().sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (error,) = ctx.saved_tensors
+        return error * (2 * grads[0][:, None, None]), None
+
+
 def reconstruction(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
     """Mean squared error over samples and outputs: mean_bo (f − f*)².
 
     Args:
         output, target_output: [n_instances, batch, n_outputs], or any shape without the instance axis.
     """
-    error = (output - target_output.detach()).square()
-    error = error if error.dim() == 3 else error.reshape(1, -1, 1)
-    return error.sum((-2, -1)) / max(error.shape[-2] * error.shape[-1], 1)  # an empty batch has no error
+    if output.dim() != 3:
+        output, target_output = output.reshape(1, -1, 1), target_output.reshape(1, -1, 1)
+    total = _SquaredError.apply(output, target_output.detach())
+    return total / max(output.shape[-2] * output.shape[-1], 1)  # an empty batch has no error
 
 
 def kl_divergence(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
@@ -136,6 +170,30 @@ def simplicity(
         else:
             total = schatten_factored(A, B, weights, p, eps, None if weights.is_floating_point() else batch)
         terms.append(total * (uses / (n_params * batch)))
+    return _sum(terms)
+
+
+@torch.no_grad()
+def simplicity_accumulate(
+    components: Components,
+    counts: Tensor,
+    p: float,
+    eps: float,
+    n_params: int,
+    batch: int,
+    exact: bool,
+    scale: float,
+) -> Float[Tensor, " I"]:
+    """`simplicity` by counts without a graph; scale times its gradient is added to the components' gradients."""
+    if batch == 0:
+        return next(iter(components.B.values())).new_zeros(components.n_instances)
+    terms = []
+    for name, uses in components.multiplicity.items():
+        A, B = components.factors(name)
+        each = uses / (n_params * batch)
+        gradients = components.gradients(name)
+        total = schatten_accumulate(A, B, counts, p, eps, batch, exact, scale * each, *gradients)
+        terms.append(total * each)
     return _sum(terms)
 
 

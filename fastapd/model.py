@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastapd._chain import Chain, NotAChainError, trace
 from fastapd.components import Components, LayerShape
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
+from fastapd.ops._component_forward import forward_selected_into_gradients
 from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_form
 
 
@@ -198,7 +199,9 @@ class ComponentModel:
         """The target's output with one axis of samples for each instance, whatever axes it has."""
         return output.reshape(self.components.n_instances, -1, output.shape[-1])
 
-    def forward(self, x: Tensor, active: Selection | Tensor | None = None, always_on: int = 0) -> Record:
+    def forward(
+        self, x: Tensor, active: Selection | Tensor | None = None, always_on: int = 0, accumulate: bool = False
+    ) -> Record:
         """Runs the target on component sums.
 
         Args:
@@ -206,6 +209,8 @@ class ComponentModel:
             active: Which components run: a `Selection`, a mask [n_instances, batch, C] of any weights, or None for all.
             always_on: With a selection, how many components at the end run on every sample; the selection is then one
                 of the others alone.
+            accumulate: With a selection, whether the backward pass adds the factors' gradients to those of the
+                components itself, instead of handing them to autograd.
 
         Returns:
             The output and what passed through the sites, differentiable in the components.
@@ -216,7 +221,10 @@ class ComponentModel:
         def layer(site: Site, x: Tensor) -> Tensor:
             A, B = self.components.factors(site.name)
             rows = site.to_instances(x)
-            if isinstance(active, Selection):
+            if isinstance(active, Selection) and accumulate and not always_on:
+                stored, gradients = self.components.stored(site.name), self.components.gradients(site.name)
+                y = forward_selected_into_gradients(rows, *stored, active, *gradients)
+            elif isinstance(active, Selection):
                 ranked = A.shape[1] - always_on
                 y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
                 if always_on:

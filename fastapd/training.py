@@ -71,11 +71,11 @@ def train_step(
         model.components.normalise_()
     for group in optimiser.param_groups:
         group["lr"] = lr
-    optimiser.zero_grad(set_to_none=True)
-    step = evaluate(model, method, x, activations, distance=distance)
-    if step.total.requires_grad:
-        # only the components: whatever else of the target requires gradients is left alone
-        step.total.backward(inputs=list(model.components.parameters()))
+    step = evaluate(model, method, x, activations, distance=distance, accumulate=True)
+    if step.terms:
+        if step.total.requires_grad:
+            # only the components: whatever else of the target requires gradients is left alone
+            step.total.backward(inputs=list(model.components.parameters()))
         if method.unit_norm:
             model.components.tangent_gradients_()
         optimiser.step()
