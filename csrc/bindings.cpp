@@ -160,6 +160,25 @@ bool run_tangent_backward(const TangentArguments& arguments, Address grad, const
 }
 
 template <class T>
+void run_unit_norm(Address rows, int64_t n, int64_t d, int threads) {
+  FASTAPD_AT_LEVEL(unit_norm<T>(at<T>(rows), n, d, threads))
+}
+
+template <class T>
+void run_remove_along(Address grad, Address rows, int64_t n, int64_t d, int threads) {
+  FASTAPD_AT_LEVEL(remove_along<T>(at<T>(grad), at<const T>(rows), n, d, threads))
+}
+
+// sizes: n_instances, m, n, k, then the strides of A by instance, m, k and of B by instance, k, n
+template <class T>
+bool run_thin_product(Address A, Address B, Address C, double alpha, bool accumulate, const std::array<int64_t, 10>& s,
+                      int threads) {
+  const ThinProduct<T> product = {at<const T>(A), at<const T>(B), at<T>(C), static_cast<T>(alpha), accumulate, s[0],
+                                  s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  FASTAPD_AT_LEVEL(thin_product<T>(product, threads))
+}
+
+template <class T>
 void run_sum_loss(Address residual, Address target, Address loss, int64_t n_instances, int64_t n, int threads) {
   FASTAPD_AT_LEVEL(component_sum_loss<T>(at<T>(residual), at<const T>(target), at<T>(loss), n_instances, n, threads))
 }
@@ -212,6 +231,9 @@ void bind_ops(py::module_& m, const std::string& dtype) {
   m.def(("attribution_reduce_backward_" + dtype).c_str(), releasing(&run_attribution_backward<T>));
   m.def(("attribution_tangent_" + dtype).c_str(), releasing(&run_tangent<T>));
   m.def(("attribution_tangent_backward_" + dtype).c_str(), releasing(&run_tangent_backward<T>));
+  m.def(("unit_norm_" + dtype).c_str(), &run_unit_norm<T>, py::call_guard<py::gil_scoped_release>());
+  m.def(("remove_along_" + dtype).c_str(), &run_remove_along<T>, py::call_guard<py::gil_scoped_release>());
+  m.def(("thin_product_" + dtype).c_str(), releasing(&run_thin_product<T>));
   m.def(("component_sum_loss_" + dtype).c_str(), &run_sum_loss<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_" + dtype).c_str(), &run_forward<T>, py::call_guard<py::gil_scoped_release>());
   m.def(("component_forward_selected_backward_" + dtype).c_str(), &run_backward<T>,

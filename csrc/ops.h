@@ -90,6 +90,18 @@ struct TangentProgram {
   TangentSizes n;
 };
 
+// C [I, m, n] = alpha A B, plus C if `accumulate`; A [I, m, k] and B [I, k, n] by their strides, C dense.
+template <class T>
+struct ThinProduct {
+  const T* A;
+  const T* B;
+  T* C;
+  T alpha;
+  bool accumulate;
+  int64_t n_instances, m, n, k;
+  int64_t a_stride_i, a_stride_m, a_stride_k, b_stride_i, b_stride_k, b_stride_n;
+};
+
 struct SchattenSizes {
   int64_t n_instances, n_components, rank, d_in, d_out;
 };
@@ -128,6 +140,15 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   bool attribution_tangent_backward(const TangentProgram<T>& program, const T* grad, T* const* grad_At,                \
                                     T* const* grad_F, int threads);                                                    \
+  /* rows [n, d] /= their lengths; one without length stays. */                                                        \
+  template <class T>                                                                                                   \
+  void unit_norm(T* rows, int64_t n, int64_t d, int threads);                                                          \
+  /* grad [n, d] -= (grad . row) row, rows of unit length. */                                                          \
+  template <class T>                                                                                                   \
+  void remove_along(T* grad, const T* rows, int64_t n, int64_t d, int threads);                                        \
+  /* Best where n or k is short; false when its panel (512 rows a thread) cannot be allocated. */                      \
+  template <class T>                                                                                                   \
+  bool thin_product(ThinProduct<T> product, int threads);                                                              \
   /* residual [I, n] -= target, in place, and loss [I] = sum residual^2. */                                            \
   template <class T>                                                                                                   \
   void component_sum_loss(T* residual, const T* target, T* loss, int64_t n_instances, int64_t n, int threads);         \

@@ -93,11 +93,24 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored_masked",
         "reference": "fastapd.reference.batched_svd:schatten_factored_masked",
     },
+    "thin_product": {
+        "cpu": "fastapd.ops._thin_product:cpu_thin_product",
+        "reference": "fastapd.reference.thin_product:thin_product",
+    },
+    "unit_norm": {
+        "cpu": "fastapd.ops._unit_norm:cpu_unit_norm",
+        "reference": "fastapd.reference.unit_norm:unit_norm",
+    },
+    "remove_along": {
+        "cpu": "fastapd.ops._unit_norm:cpu_remove_along",
+        "reference": "fastapd.reference.unit_norm:remove_along",
+    },
 }
 
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
     ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
+    ("thin_product", "cpu"): "fastapd.ops._thin_product:cpu_limits",
 }
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd.ops import component_sum
+from fastapd.ops._unit_norm import remove_along, unit_norm
 
 
 class LayerShape(NamedTuple):
@@ -166,15 +167,14 @@ class Components(nn.Module):
     def normalise_(self) -> None:
         """Scales every column of A to unit length, over d_in; a zero column stays zero."""
         for At in self.At.values():
-            norm = At.norm(dim=-1, keepdim=True)
-            At.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+            unit_norm(At)
 
     @torch.no_grad()
     def tangent_gradients_(self) -> None:
         """Removes from the gradient of A its part along each (unit) column: g - (g . a) a."""
         for At in self.At.values():
             if At.grad is not None:
-                At.grad.sub_((At.grad * At).sum(-1, keepdim=True) * At)
+                remove_along(At.grad, At)
 
     def export(self) -> dict[str, Tensor]:
         """What a file holds, copied: `<layer>.A` [I, C, d_in, m], `<layer>.B` [I, C, m, d_out] of the untied layers."""

@@ -124,7 +124,7 @@ def evaluate(
     hidden_of_full = method.topk is None and bool(method.activation_reconstruction)
     full: Record | None = None
     if method.attribution != "gradient" or output_reconstruction or hidden_of_full:
-        full = model.forward(x)
+        full = model.forward(x, known=target.found)
     attributions = _attributions(model, method, x, target if of_target else None, full)
     always_on = int(method.distil_from_target)
     ranked = attributions[..., : attributions.shape[-1] - always_on]
@@ -145,7 +145,7 @@ def evaluate(
         terms["output_reconstruction"] = distance(rows(full.output), rows(output))
     masked = full
     if selection is not None and (method.minimality or method.activation_reconstruction):
-        masked = model.forward(x, selection, always_on, accumulate)
+        masked = model.forward(x, selection, always_on, accumulate, target.found)
         if method.minimality:
             terms["minimality"] = distance(rows(masked.output), rows(output))
     if masked is not None and method.activation_reconstruction:

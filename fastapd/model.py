@@ -200,7 +200,12 @@ class ComponentModel:
         return output.reshape(self.components.n_instances, -1, output.shape[-1])
 
     def forward(
-        self, x: Tensor, active: Selection | Tensor | None = None, always_on: int = 0, accumulate: bool = False
+        self,
+        x: Tensor,
+        active: Selection | Tensor | None = None,
+        always_on: int = 0,
+        accumulate: bool = False,
+        known: Values | None = None,
     ) -> Record:
         """Runs the target on component sums.
 
@@ -211,6 +216,7 @@ class ComponentModel:
                 of the others alone.
             accumulate: With a selection, whether the backward pass adds the factors' gradients to those of the
                 components itself, instead of handing them to autograd.
+            known: From a record of the target on the same x: what comes before all sites is not computed again.
 
         Returns:
             The output and what passed through the sites, differentiable in the components.
@@ -236,7 +242,7 @@ class ComponentModel:
             inputs[site.name], outputs[site.name] = rows, y
             return site.from_instances(y, x)
 
-        return Record(self._run(x, layer)[0], inputs, outputs)
+        return Record(self._run(x, layer, known)[0], inputs, outputs)
 
     def record_target(self, x: Tensor, differentiable: bool = False, of_components: bool = False) -> Record:
         """Runs the target itself and records its sites.
@@ -264,7 +270,9 @@ class ComponentModel:
             output, values = self._run(x, layer)
         return Record(output, inputs, outputs, None if values is None else Values(values, weights))
 
-    def _run(self, x: Tensor, layer: Callable[[Site, Tensor], Tensor]) -> tuple[Tensor, list[Tensor] | None]:
+    def _run(
+        self, x: Tensor, layer: Callable[[Site, Tensor], Tensor], known: Values | None = None
+    ) -> tuple[Tensor, list[Tensor] | None]:
         """The target's output with its sites replaced, and the values of its chain if it is one."""
 
         def target() -> Tensor:
@@ -274,7 +282,8 @@ class ComponentModel:
         if isinstance(self.chain, str):
             return target(), None
         expected = None if self._chain_checked else target()
-        values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows))
+        given = None if known is None else known.values
+        values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows), given)
         output = values[-1]
         if expected is not None and expected.numel():
             if output.shape != expected.shape or not torch.allclose(output, expected, 1e-5, 1e-6, equal_nan=True):

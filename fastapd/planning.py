@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastapd._chain import Chain
 from fastapd.ops import TangentBarrier, TangentSource, attribution_tangent
+from fastapd.ops._thin_product import thin_product
 
 if TYPE_CHECKING:
     from fastapd.components import Components
@@ -344,7 +345,8 @@ def attributions(
         if site.product:
             sums = products.setdefault(site.head, {})
             for j, F in into.items():
-                sums[j] = sums[j] + A @ F if j in sums else A @ F
+                P = _product(A, F)
+                sums[j] = sums[j] + P if j in sums else P
         else:
             sources.append(TangentSource(inputs[site.head], A, into))
     sources += [TangentSource(inputs[head], None, into) for head, into in products.items()]
@@ -358,7 +360,15 @@ def attributions(
 
 def _times(factor: Tensor, matrix: Tensor) -> Tensor:
     """Each component's rows [I, C, m, d] times a matrix [I or 1, d, e] that all share, as one product."""
-    return (factor.flatten(1, 2) @ matrix).unflatten(1, factor.shape[1:3])
+    return _product(factor.flatten(1, 2), matrix.expand(factor.shape[0], -1, -1)).unflatten(1, factor.shape[1:3])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices with leading axes; by the kernel for short sides where nobody differentiates."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return a @ b
+    leading = a.shape[:-2]
+    return thin_product(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, leading)
 
 
 def _head_values(head: tuple[int, ...], found: Values, rows: Rows) -> Float[Tensor, "I b width"]:

@@ -102,9 +102,9 @@ def test_evaluate_runs_a_forward_only_when_asked(monkeypatch, method, reported, 
     calls = []
     forward = ComponentModel.forward
 
-    def counted(self, x, active=None, always_on=0, accumulate=False):
+    def counted(self, x, active=None, *rest, **known):
         calls.append("full" if active is None else "selected")
-        return forward(self, x, active, always_on, accumulate)
+        return forward(self, x, active, *rest, **known)
 
     monkeypatch.setattr(ComponentModel, "forward", counted)
     step = evaluate(_model(), method, next(_data()), output_reconstruction=reported)

@@ -1,0 +1,62 @@
+"""Products of which one side is short, as layers multiplied into all components at once have; for use under no_grad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastapd import _native
+from fastapd.ops import _check
+from fastapd.ops._op import call
+
+_OP = "thin_product"
+
+
+def cpu_limits(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> list[str]:
+    k, n = B.shape[-2:]
+    return [] if n <= k else [f"the CPU kernel is best where B has no more columns than rows, not {k} rows and {n} columns"]
+
+
+def cpu_thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> Tensor:
+    """Lets `csrc/cpu/thin_product.cpp` fill or add to `out`."""
+    native: Any = _native.load("_C").module
+    run = native.thin_product_float32 if A.dtype == torch.float32 else native.thin_product_float64
+    sizes = [A.shape[0], A.shape[1], B.shape[2], B.shape[1], *A.stride(), *B.stride()]
+    run(A.data_ptr(), B.data_ptr(), out.data_ptr(), alpha, accumulate, sizes, torch.get_num_threads())
+    return out
+
+
+def thin_product(
+    A: Float[Tensor, "I m k"],
+    B: Float[Tensor, "I k n"],
+    out: Float[Tensor, "I m n"] | None = None,
+    alpha: float = 1.0,
+    accumulate: bool = False,
+) -> Float[Tensor, "I m n"]:
+    """alpha A B, or that added to `out`; no gradient.
+
+    Args:
+        A, B: Any strides.
+        out: Contiguous, changed in place; None makes it.
+        alpha: A factor.
+        accumulate: Whether `out` is added to; otherwise what it holds is replaced, whatever it is.
+
+    Raises:
+        ValueError: If shapes do not match or out is not contiguous.
+        TypeError: If dtypes differ.
+    """
+    shape = (A.shape[0], A.shape[1], B.shape[-1])
+    if out is None:
+        accumulate, out = False, A.new_empty(shape)
+    if A.dim() != 3 or B.shape != (shape[0], A.shape[2], shape[2]) or out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"{_OP}: A [I, m, k], B [I, k, n] and a contiguous out [I, m, n] must fit, "
+            f"got {_check.shape(A)}, {_check.shape(B)} and {_check.shape(out)}"
+        )
+    if not A.dtype == B.dtype == out.dtype:
+        raise TypeError(f"{_OP}: A, B and out must have one dtype, got {A.dtype}, {B.dtype} and {out.dtype}")
+    with torch.no_grad():
+        return call(_OP, A, B, out, alpha, accumulate)

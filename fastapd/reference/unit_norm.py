@@ -1,0 +1,15 @@
+"""Rows of unit length, and gradients without their part along a row; both in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit_norm(rows: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+
+
+def remove_along(grad: Tensor, rows: Tensor) -> Tensor:
+    return grad.sub_((grad * rows).sum(-1, keepdim=True) * rows)
