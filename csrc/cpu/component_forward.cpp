@@ -84,6 +84,29 @@ inline void store_column(T* row, int v, vec<T> value, const Part<T>& part) {
     store(row + v * kLanes<T>, value);
 }
 
+// Asks for the next component's part of a factor, or of its gradient, a little at each of `calls` tiles of this one, so
+// that it is in the second level of cache when its turn comes: a walk has few multiplications for each byte.
+struct Ahead {
+  template <class T>
+  Ahead(const T* next, bool there, int64_t values, int64_t calls)
+      : at(reinterpret_cast<const char*>(next)), end(at + (there ? values * static_cast<int64_t>(sizeof(T)) : 0)) {
+    step = calls > 0 ? ((end - at + calls - 1) / calls + kLine - 1) / kLine * kLine : 0;
+    if (end - at > kMost) end = at;
+  }
+  void some() {
+    const char* stop = end - at < step ? end : at + step;
+    for (; at < stop; at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+  static constexpr int64_t kLine = 64, kMost = 1 << 19;
+  const char* at;
+  const char* end;
+  int64_t step;
+};
+
+inline int64_t tiles_of(int64_t n) {
+  return (n + kTile - 1) / kTile;
+}
+
 // ----------------------------------------------------------------------------------------------------------- project
 
 template <int... I>
@@ -145,9 +168,14 @@ inline void dots(const T* const* x, const T* f, int64_t d, const Part<T>& part, 
 }
 
 template <class T, int P>
-inline void dots_rows(const T* const* x, const T* f, int64_t rank, int64_t d, const Part<T>& part, T* out) {
+inline void dots_rows(const T* const* x, const T* f, int64_t rank, int64_t d, const Part<T>& part, T* out,
+                      Ahead& ahead) {
   int64_t r = 0;
-  for (; r + kTile <= rank; r += kTile) dots<T, P, 4>(x, f + r * d, d, part, out + r, rank);
+  for (; r + kTile <= rank; r += kTile) {
+    ahead.some();
+    dots<T, P, 4>(x, f + r * d, d, part, out + r, rank);
+  }
+  if (r < rank) ahead.some();
   switch (rank - r) {
     case 3:
       return dots<T, P, 3>(x, f + r * d, d, part, out + r, rank);
@@ -177,6 +205,7 @@ void project(const T* x, const T* f, Selection selection, T* u, int64_t n_instan
       const T* xi = x + i * batch * d;
       const T* fc = f + g * rank * d;
       T* ui = u + i * n_pairs * rank;
+      Ahead ahead(fc + rank * d, g + 1 < last, rank * d, tiles_of(offsets[c + 1] - offsets[c]) * tiles_of(rank));
       for (int64_t k = offsets[c]; k < offsets[c + 1]; k += kTile) {
         T* to = ui + k * rank;
         const int64_t n = offsets[c + 1] - k < kTile ? offsets[c + 1] - k : kTile;
@@ -188,16 +217,16 @@ void project(const T* x, const T* f, Selection selection, T* u, int64_t n_instan
         for (int64_t p = 0; p < n; ++p) rows[p] = xi + sample[k + p] * d;
         switch (n) {
           case 4:
-            dots_rows<T, 4>(rows, fc, rank, d, part, to);
+            dots_rows<T, 4>(rows, fc, rank, d, part, to, ahead);
             break;
           case 3:
-            dots_rows<T, 3>(rows, fc, rank, d, part, to);
+            dots_rows<T, 3>(rows, fc, rank, d, part, to, ahead);
             break;
           case 2:
-            dots_rows<T, 2>(rows, fc, rank, d, part, to);
+            dots_rows<T, 2>(rows, fc, rank, d, part, to, ahead);
             break;
           default:
-            dots_rows<T, 1>(rows, fc, rank, d, part, to);
+            dots_rows<T, 1>(rows, fc, rank, d, part, to, ahead);
         }
       }
     }
@@ -225,8 +254,9 @@ inline void accumulate_tile(const T* u, const T* f, int64_t rank, int64_t d, T* 
 
 template <class T, int V, bool Masked>
 inline void accumulate_rows(const T* u, const T* f, int64_t rank, int64_t d, const int32_t* sample, int64_t n, T* y,
-                            int64_t o, const Part<T>& part) {
+                            int64_t o, const Part<T>& part, Ahead& ahead) {
   for (int64_t k = 0; k < n; k += kTile) {
+    ahead.some();
     const int64_t left = n - k < kTile ? n - k : kTile;
     T* rows[kTile];
     for (int64_t p = 0; p < left; ++p) rows[p] = y + sample[k + p] * d;
@@ -298,20 +328,23 @@ void accumulate(const T* u, const T* f, Selection selection, T* y, int64_t n_ins
         if (n == 0) continue;
         const T* uc = u + (i * n_pairs + begin) * rank;
         const T* fc = f + (i * n_components + c) * rank * d;
+        const int64_t calls = tiles_of(n) * tiles_of((d + kLanes<T> - 1) / kLanes<T>);
+        Ahead ahead(fc + rank * d, c + 1 < n_components && columns >= d, rank * d, calls);
         int64_t o = o_begin;
-        for (; o + tile <= o_end; o += tile) accumulate_rows<T, 4, false>(uc, fc, rank, d, sample, n, yi, o, part);
+        for (; o + tile <= o_end; o += tile)
+          accumulate_rows<T, 4, false>(uc, fc, rank, d, sample, n, yi, o, part, ahead);
         switch ((o_end - o + kLanes<T> - 1) / kLanes<T>) {
           case 4:
-            accumulate_rows<T, 4, true>(uc, fc, rank, d, sample, n, yi, o, part);
+            accumulate_rows<T, 4, true>(uc, fc, rank, d, sample, n, yi, o, part, ahead);
             break;
           case 3:
-            accumulate_rows<T, 3, true>(uc, fc, rank, d, sample, n, yi, o, part);
+            accumulate_rows<T, 3, true>(uc, fc, rank, d, sample, n, yi, o, part, ahead);
             break;
           case 2:
-            accumulate_rows<T, 2, true>(uc, fc, rank, d, sample, n, yi, o, part);
+            accumulate_rows<T, 2, true>(uc, fc, rank, d, sample, n, yi, o, part, ahead);
             break;
           case 1:
-            accumulate_rows<T, 1, true>(uc, fc, rank, d, sample, n, yi, o, part);
+            accumulate_rows<T, 1, true>(uc, fc, rank, d, sample, n, yi, o, part, ahead);
             break;
         }
       }
@@ -343,10 +376,13 @@ inline void outer_tile(const T* v, const T* x, const int32_t* sample, int64_t n_
 
 template <class T, int V, bool Masked, bool Add>
 inline void outer_rows(const T* v, const T* x, const int32_t* sample, int64_t n_pairs, int64_t rank, int64_t d,
-                       const Part<T>& part, T* grad) {
+                       const Part<T>& part, T* grad, Ahead& ahead) {
   int64_t r = 0;
-  for (; r + kTile <= rank; r += kTile)
+  for (; r + kTile <= rank; r += kTile) {
+    ahead.some();
     outer_tile<T, 4, V, Masked, Add>(v + r, x, sample, n_pairs, rank, d, part, grad + r * d);
+  }
+  if (r < rank) ahead.some();
   switch (rank - r) {
     case 3:
       return outer_tile<T, 3, V, Masked, Add>(v + r, x, sample, n_pairs, rank, d, part, grad + r * d);
@@ -373,20 +409,22 @@ void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_insta
       const T* xi = x + i * batch * d;
       const T* vc = v + (i * n_pairs + begin) * rank;
       T* gc = grad + g * rank * d;
+      Ahead ahead(gc + rank * d, g + 1 < last, rank * d, tiles_of((d + kLanes<T> - 1) / kLanes<T>) * tiles_of(rank));
       int64_t o = 0;
-      for (; o + tile <= d; o += tile) outer_rows<T, 4, false, Add>(vc, xi + o, sample, n, rank, d, part, gc + o);
+      for (; o + tile <= d; o += tile)
+        outer_rows<T, 4, false, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
       switch ((d - o + kLanes<T> - 1) / kLanes<T>) {
         case 4:
-          outer_rows<T, 4, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o);
+          outer_rows<T, 4, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
           break;
         case 3:
-          outer_rows<T, 3, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o);
+          outer_rows<T, 3, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
           break;
         case 2:
-          outer_rows<T, 2, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o);
+          outer_rows<T, 2, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
           break;
         case 1:
-          outer_rows<T, 1, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o);
+          outer_rows<T, 1, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
           break;
       }
     }
