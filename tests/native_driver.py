@@ -166,7 +166,8 @@ def forward_jobs(
 
     yield Job(source.name("component_forward_selected"), label, forward, forward_expected)
     u = pairs(u64).astype(source.dtype)
-    before = [source.normal(*factor.shape) for factor in (At, B)]  # what gradients are added to
+    other = Source(K, source.dtype)  # which leaves the numbers of the jobs that follow as they are
+    before = [other.normal(*factor.shape) for factor in (At, B)]  # what gradients are added to
     for factor in before:
         factor[~mask.any(1)] = np.nan  # of components without pairs
     for need_x, need_A, need_B, add in ((1, 1, 1, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 1, 1)):

@@ -87,8 +87,8 @@ PLANTED = {
     ),
     "tail-of-outer": (
         "component_forward.cpp",
-        "for (int64_t t = o; t < d; ++t) {\n      T total = 0;",
-        "for (int64_t t = o; t <= d; ++t) {\n      T total = 0;",
+        "part.store(row + v * kLanes<T>, value);",
+        "part.store(row + v * kLanes<T> + 1, value);",
         "component_forward_selected_backward_float64",
         "heap-buffer-overflow",
     ),
