@@ -67,3 +67,22 @@ def no_double_backward(op: str) -> None:
 def with_instances(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors with a leading instance axis of size one."""
     return tuple(t.unsqueeze(0) for t in tensors)
+
+
+def constant(op: Any, *args: Any) -> Any:
+    """Calls an op without a gradient: its implementation at once, where nothing is there to see torch's op.
+
+    The dispatcher costs a call some 10 µs, as much as a small op itself. It stays where somebody needs it: compilers,
+    tracers, profilers, function transforms, and tensors and modes that bring dispatch rules of their own.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or any(isinstance(a, Tensor) and (type(a) is not Tensor or a.is_meta) for a in args)
+    )
+    if watched:
+        return op(*args)
+    return _outside_autocast(backends.choose(op.name().removeprefix("fastapd::"), args), *args)
