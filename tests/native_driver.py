@@ -434,6 +434,8 @@ def parallel_jobs(dtype: str) -> Iterator[Job]:
     yield sum_loss(source, 3, 90001)
     yield batch_topk(source, 3, 300, 300, "ties", 12345)
     yield batch_topk(source, 3, 300, 300, "normal", 12345, hint=1.0)
+    yield batch_topk(source, 1, 600, 700, "normal", 12345)  # one instance, shared
+    yield batch_topk(source, 1, 600, 700, "ties", 300000, hint=0.0)
     yield batch_topk(source, 3, 300, 300, "ties", k=37)
     yield from forward_jobs(source, 2, 300, 100, 5, 67, 45, 0.03, padding=3)
     yield from attribution_jobs(source, 3, 100, 30, 5, [(67, 45, 3), (45, 67, 3)])

@@ -6,7 +6,8 @@
 // equal to the floor (all that is missing when many scores tie), then with a floor from the sample, then with no floor.
 // Every way ends with the same pairs, as the counts prove. Order: NaN largest, -0 = +0, denormals in order.
 // The selected flat indices are ascending: division gives the sample-major lists, a counting sort the component-major.
-// Work: one read of the scores, a small multiple of n_pairs, and batch + n_components. One thread owns one instance.
+// Work: one read of the scores, a small multiple of n_pairs, and batch + n_components. One thread owns one instance;
+// the scores of a large one that is alone are listed in pieces.
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -181,23 +182,53 @@ inline int64_t pack(uint64_t mask, int32_t first, int32_t* index) {
   return n;
 }
 
-// Lists what passes of scores[0:n], in order: flat indices and keys. Stops, a block of scores at a time, when more than
-// `most` are listed, and returns how many are: index and keys have room for most + kBlock + 2. The keys of a block are
-// gathered while its scores are in the nearest cache.
-constexpr int64_t kBlock = 32 * kGroup;
+// Lists what passes of scores[begin:end], in order: flat indices and keys. Stops, a block of scores at a time, when
+// more than `most` are listed, and returns how many are: index and keys have room for most + kSlack. The keys of a
+// block are gathered while its scores are in the nearest cache.
+constexpr int64_t kBlock = 32 * kGroup, kSlack = kBlock + 2;
 
 template <Test kTest, class T>
-int64_t list(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* keys) {
+int64_t list(const T* scores, int64_t begin, int64_t end, T limit, int64_t most, int32_t* index, Key<T>* keys) {
   int64_t listed = 0;
-  for (int64_t at = 0; at < n && listed <= most;) {
-    const int64_t before = listed, end = n - at < kBlock ? n : at + kBlock;
-    for (; at + kGroup <= end; at += kGroup)
+  for (int64_t at = begin; at < end && listed <= most;) {
+    const int64_t before = listed, stop = end - at < kBlock ? end : at + kBlock;
+    for (; at + kGroup <= stop; at += kGroup)
       listed += pack(passing<kTest>(scores + at, limit), static_cast<int32_t>(at), index + listed);
-    for (; at < end; ++at) {
+    for (; at < stop; ++at) {
       index[listed] = static_cast<int32_t>(at);
       listed += passes<kTest>(scores[at], limit);
     }
     for (int64_t i = before; i < listed; ++i) keys[i] = key_of(scores[index[i]]);
+  }
+  return listed;
+}
+
+constexpr int kMostPieces = 64;
+
+// How many threads list the scores of one instance.
+inline int pieces_of(int64_t n, int threads) {
+  const int64_t worthwhile = n / (1 << 17);
+  const int64_t pieces = threads < worthwhile ? threads : worthwhile;
+  return pieces < 1 ? 1 : pieces < kMostPieces ? static_cast<int>(pieces) : kMostPieces;
+}
+
+// The same of all scores[0:n] above the limit, in as many pieces, each of which needs the same room.
+template <class T>
+int64_t list_above(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* keys, int pieces) {
+  if (pieces == 1) return list<kAbove>(scores, 0, n, limit, most, index, keys);
+  const int64_t length = (n + pieces - 1) / pieces, room = most + kSlack;
+  int64_t counts[kMostPieces] = {};
+  parallel_for(pieces, 1, pieces, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t begin = p * length < n ? p * length : n, end = begin + length < n ? begin + length : n;
+      counts[p] = list<kAbove>(scores, begin, end, limit, most, index + p * room, keys + p * room);
+    }
+  });
+  int64_t listed = counts[0];
+  for (int64_t p = 1; p < pieces && listed <= most; listed += counts[p++]) {
+    const int64_t kept = listed + counts[p] <= most ? counts[p] : 0;
+    std::memmove(index + listed, index + p * room, sizeof(int32_t) * static_cast<size_t>(kept));
+    std::memmove(keys + listed, keys + p * room, sizeof(Key<T>) * static_cast<size_t>(kept));
   }
   return listed;
 }
@@ -350,12 +381,13 @@ T sampled_floor(const T* scores, int64_t n, int64_t wanted) {
 
 // ----------------------------------------------------------------------------------------------------------- selection
 
-// What one instance works on: its scores and how many of them are wanted, and what is selected: the flat indices,
-// ascending, and the smallest of the scores if asked for.
+// What one instance works on: its scores, how many of them are wanted, and by how many threads; and the smallest
+// selected score if asked for.
 template <class T>
 struct Batch {
   const T* scores;
   int64_t n, wanted;
+  int pieces;
   bool wants_threshold;
   T threshold;
 };
@@ -379,19 +411,19 @@ inline void merge(const int32_t* left, int64_t n_left, const int32_t* right, int
 // low for that, or so high that there are too few even with those that are equal to it.
 template <class T>
 Outcome select_above(Batch<T>* batch, T floor, int64_t most, int32_t* selected) {
-  const int64_t wanted = batch->wanted;
-  const Workspace<int32_t> indices(most + kBlock + 2);
-  const Workspace<Key<T>> of_listed(most + kBlock + 2 + spare_keys(most));
+  const int64_t wanted = batch->wanted, room = batch->pieces * (most + kSlack);
+  const Workspace<int32_t> indices(room);
+  const Workspace<Key<T>> of_listed(room + spare_keys(most));
   int32_t* index = indices.data;
   Key<T>* keys = of_listed.data;
   if (index == nullptr || keys == nullptr) return Outcome::kNoMemory;
   const bool nan = floor != floor;  // above which there is nothing
-  const int64_t n = nan ? 0 : list<kAbove>(batch->scores, batch->n, floor, most, index, keys);
+  const int64_t n = nan ? 0 : list_above(batch->scores, batch->n, floor, most, index, keys, batch->pieces);
   if (n > most) return Outcome::kMissed;
   if (n < wanted) {
     const int64_t missing = wanted - n;
     const auto equal = nan ? list<kIsNaN, T> : list<kEqual, T>;
-    if (equal(batch->scores, batch->n, floor, missing - 1, index + n, keys) < missing) return Outcome::kMissed;
+    if (equal(batch->scores, 0, batch->n, floor, missing - 1, index + n, keys) < missing) return Outcome::kMissed;
     merge(index, n, index + n, missing, selected);
     batch->threshold = floor;
     return Outcome::kDone;
@@ -484,13 +516,14 @@ inline void group(int32_t* index, int64_t n_pairs, SelectionOut out, int64_t bat
 
 // threshold: a hint of the smallest selected score, and then that score; null when nobody asks.
 template <class T>
-bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs,
-                  T* threshold) {
+bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs, T* threshold,
+                  int threads) {
   clear_offsets(out, batch, n_components);
   if (n_pairs == 0) return true;
   const Workspace<int32_t> selected(n_pairs + kKept);
   if (selected.data == nullptr) return false;
-  Batch<T> of = {scores, batch * n_components, n_pairs, threshold != nullptr, T{0}};
+  const int64_t n = batch * n_components;
+  Batch<T> of = {scores, n, n_pairs, pieces_of(n, threads), threshold != nullptr, T{0}};
   if (!select_flat(&of, threshold != nullptr ? *threshold : score_of<T>(kNaN<T>), selected.data)) return false;
   if (threshold != nullptr) *threshold = of.threshold;
   group(selected.data, n_pairs, out, batch, n_components);
@@ -571,7 +604,8 @@ bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t 
       const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
       const bool ok =
           k >= 0 ? select_samples(of, at, batch, n_components, k)
-                 : select_batch(of, at, batch, n_components, n_pairs, thresholds == nullptr ? nullptr : thresholds + i);
+                 : select_batch(of, at, batch, n_components, n_pairs, thresholds == nullptr ? nullptr : thresholds + i,
+                                n_instances == 1 ? threads : 1);
       if (!ok) failure.set();
       for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
     }
