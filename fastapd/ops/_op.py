@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 
 from fastapd import backends
 
@@ -75,14 +76,15 @@ def constant(op: Any, *args: Any) -> Any:
     The dispatcher costs a call some 10 µs, as much as a small op itself. It stays where somebody needs it: compilers,
     tracers, profilers, function transforms, and tensors and modes that bring dispatch rules of their own.
     """
-    watched = (
+    if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-        or any(isinstance(a, Tensor) and (type(a) is not Tensor or a.is_meta) for a in args)
-    )
-    if watched:
+        or torch._C._are_functorch_transforms_active()
+        or _profiler_enabled()
+    ):
         return op(*args)
+    for a in args:
+        if isinstance(a, Tensor) and (type(a) is not Tensor or a.is_meta):
+            return op(*args)
     return _outside_autocast(backends.choose(op.name().removeprefix("fastapd::"), args), *args)

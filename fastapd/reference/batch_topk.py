@@ -18,7 +18,7 @@ def batch_topk(scores: Tensor, n_pairs: int) -> Grouped:
 
 
 def batch_topk_warm(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
-    """`batch_topk`, which needs no hint, and the smallest selected score of each instance, or the hint if there is none."""
+    """`batch_topk`, which needs no hint, and each instance's smallest selected score: the hint if there is none."""
     ordered = scores.flatten(1).sort(dim=-1, descending=True, stable=True).values
     return *batch_topk(scores, n_pairs), ordered[:, n_pairs - 1] + 0.0 if n_pairs else hint.clone()
 

@@ -456,6 +456,7 @@ def test_batch_topk_is_seen_by_those_who_watch_ops(op):
     with Listener():
         testing.assert_bit_equal(list(getattr(ops, op)(scores, k)), wanted)
     assert f"fastapd::{op}" in heard
+    testing.assert_bit_equal(list(torch.vmap(lambda s: getattr(ops, op)(s, k))(scores)), wanted)
     traced = make_fx(lambda s: getattr(ops, op)(s, k))(scores)
     assert any(node.target is getattr(torch.ops.fastapd, op).default for node in traced.graph.nodes)
     jit = torch.jit.trace(lambda s: getattr(ops, op)(s, k).component, (scores,), check_trace=False)
