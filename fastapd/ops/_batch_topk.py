@@ -62,9 +62,14 @@ class Selection(NamedTuple):
         return mask.scatter_(-1, flat, True)[..., :size].view(*leading, self.batch, self.n_components)
 
 
-def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool) -> bool:
-    _check.tensors(op, scores=scores)
+def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool, hint: Tensor | None = None) -> bool:
+    if hint is None:
+        _check.tensors(op, scores=scores)
+    else:
+        _check.tensors(op, scores=scores, hint=hint)
     instances = scores.dim() == 3 or _check.rank(op, "scores", scores, "batch, n_components")
+    if hint is not None:
+        _check_hint(op, scores, hint)
     batch, n_components = scores.shape[-2:]
     most, axes = (n_components, "n_components") if per_sample else (batch * n_components, "batch * n_components")
     if not (type(k) is int and 0 <= k <= most):  # the message is made for those who need it
@@ -74,10 +79,8 @@ def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool) -> bool:
     return instances
 
 
-def _check_hint(scores: Tensor, hint: Tensor) -> None:
-    op = "batch_topk"
-    _check.tensors(op, scores=scores, hint=hint)
-    if hint.shape != scores.shape[:-2]:
+def _check_hint(op: str, scores: Tensor, hint: Tensor) -> None:
+    if hint.dim() != scores.dim() - 2 or (hint.dim() == 1 and hint.shape[0] != scores.shape[0]):
         wanted = "[n_instances]" if scores.dim() == 3 else "[]"
         raise ValueError(
             f"{op}: hint must have shape {wanted} for scores {_check.shape(scores)}, got {_check.shape(hint)}"
@@ -115,7 +118,7 @@ def cpu_batch_topk(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
 
 
 def cpu_batch_topk_warm(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
-    thresholds = hint.clone(memory_format=torch.contiguous_format)
+    thresholds = hint.clone()  # which is dense, as hint has one axis
     return *_cpu_select(scores, n_pairs, thresholds=thresholds), thresholds
 
 
@@ -133,9 +136,8 @@ def _batch_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
 
 
 def _warm_fake(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
-    _check_topk("batch_topk", scores, n_pairs, per_sample=False)
-    _check_hint(scores, hint)
-    return *_grouped_fake(scores, n_pairs), torch.empty_like(hint, memory_format=torch.contiguous_format)
+    _check_topk("batch_topk", scores, n_pairs, per_sample=False, hint=hint)
+    return *_grouped_fake(scores, n_pairs), hint.clone()
 
 
 def _check_counts(scores: Tensor, counts: Tensor) -> None:
@@ -213,15 +215,13 @@ def batch_topk(
         if hint is not None:
             raise ValueError("batch_topk: hint must be None when K is a tensor, got a tensor")
         return _batch_topk_each(scores, K)
-    instances = _check_topk("batch_topk", scores, K, per_sample=False)
+    instances = _check_topk("batch_topk", scores, K, per_sample=False, hint=hint)
     scores = scores.detach()
     if hint is None:
         return _selection(instances, constant(_batch_topk, scores if instances else scores.unsqueeze(0), K))
-    _check_hint(scores, hint)
-    with_axis = (scores, hint) if instances else with_instances(scores, hint)
-    *lists, threshold = constant(_batch_topk_warm, *with_axis, K)
-    hint.copy_(threshold if instances else threshold.squeeze(0))
-    return _selection(instances, lists)
+    found = constant(_batch_topk_warm, *((scores, hint) if instances else with_instances(scores, hint)), K)
+    hint.copy_(found[5] if instances else found[5].squeeze(0))
+    return _selection(instances, found[:5])
 
 
 def _selection(instances: bool, lists: Sequence[Tensor]) -> Selection:
