@@ -132,6 +132,10 @@ def batch_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     return source.scores(case), case.n_pairs
 
 
+def batch_topk_warm_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    return source.scores(case), 4 * source.uniform(case.n_instances), case.n_pairs  # hints on both sides
+
+
 def batch_topk_counts_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     most = case.batch * case.n_components
     counts = [(case.n_pairs * (i + 2)) % (most + 1) for i in range(case.n_instances)]  # another number each

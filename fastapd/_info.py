@@ -27,6 +27,7 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "attribution_reduce": ([x], [g], [A], [B]),
         "attribution_reduce_backward": (mask, [x], [g], [A], [B]),
         "batch_topk": (mask, 3),
+        "batch_topk_warm": (mask, counts[:, 0], 3),
         "batch_topk_counts": (mask, counts[:, 0].long(), 3),
         "sample_topk": (mask, 1),
         "component_svdvals": (A, B),

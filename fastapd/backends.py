@@ -65,6 +65,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",
     },
+    "batch_topk_warm": {
+        "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_warm",
+        "reference": "fastapd.reference.batch_topk:batch_topk_warm",
+    },
     "batch_topk_counts": {
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_counts",
         "reference": "fastapd.reference.batch_topk:batch_topk_counts",

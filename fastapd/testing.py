@@ -3,7 +3,8 @@
 The oracle is the reference in float64 on the same numbers. Its gradients come from autograd through the reference, not
 from the formulas in `fastapd.ops`, so those are tested too; singular values come from the products, which neither
 backend forms. Arguments of an op are those of its public function; second forms of a public function
-(`schatten_factored` with a mask, `batch_topk` with a tensor) go by the names of their torch ops.
+(`schatten_factored` with a mask, `batch_topk` with a tensor or a hint) go by the names of their torch ops; the hint
+that comes back is then an output.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def _reference_accumulated(
     buffers = grad_At.clone(), grad_B.clone()
     run = reference_forward.component_forward_selected_accumulate
     return run(grad_y, x, A, B, u, *selection, True, *buffers), *buffers
+
+
+def _topk_warm(scores: Tensor, hint: Tensor, K: int) -> tuple[Tensor, ...]:
+    hint = hint.clone()
+    return *ops.batch_topk(scores, K, hint), hint
 
 
 def _reference_topk_counts(scores: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
@@ -170,6 +176,8 @@ _OPS = {
         _terms_attribution),
     "batch_topk": _Op(
         ops.batch_topk, reference_topk.batch_topk, _cases.batch_topk_inputs, (), _terms_none),
+    "batch_topk_warm": _Op(
+        _topk_warm, reference_topk.batch_topk_warm, _cases.batch_topk_warm_inputs, (), _terms_none),
     "batch_topk_counts": _Op(
         ops.batch_topk, _reference_topk_counts, _cases.batch_topk_counts_inputs, (), _terms_none),
     "sample_topk": _Op(

@@ -100,7 +100,17 @@ def largest(scores: Array, wanted: int) -> Array:
     return mask
 
 
-def batch_topk(source: Source, I: int, b: int, C: int, kind: str, K: int | list[int] | None = None, k: int = -1) -> Job:
+def batch_topk(
+    source: Source,
+    I: int,
+    b: int,
+    C: int,
+    kind: str,
+    K: int | list[int] | None = None,
+    k: int = -1,
+    hint: float | None = None,
+) -> Job:
+    """K of each instance or k of each sample; with a hint, the same for every instance, the thresholds as well."""
     scores = source.normal(I, b, C)
     if kind == "ties":
         scores = np.round(scores)
@@ -118,17 +128,25 @@ def batch_topk(source: Source, I: int, b: int, C: int, kind: str, K: int | list[
     def prepare(threads: int) -> tuple[tuple, list[Array]]:
         shapes = (("int32", capacity), ("int64", C + 1), ("int32", capacity), ("int64", b + 1), ("int32", capacity))
         out = [poisoned(dtype, I, n) for dtype, n in shapes]
+        thresholds = np.full(I, hint, source.dtype)  # NaN for None
         at_counts = 0 if counts is None else address(counts)
-        return (address(scores), [address(o) for o in out], I, b, C, capacity, at_counts, k, threads), out
+        at_thresholds = 0 if hint is None else address(thresholds)
+        args = (address(scores), [address(o) for o in out], I, b, C, capacity, at_counts, k, at_thresholds, threads)
+        return args, out if hint is None else [*out, thresholds]
 
     def expected() -> list[tuple[Array, float]]:
         if k >= 0:
             mask = np.stack([[largest(row, k) for row in of] for of in scores]) if scores.size else scores > 0
         else:
             mask = np.stack([largest(of.ravel(), n).reshape(b, C) for of, n in zip(scores, each, strict=True)])
-        return [(o, 0.0) for o in grouped(mask.reshape(I, b, C), capacity)]
+        lists = grouped(mask.reshape(I, b, C), capacity)
+        if hint is not None:
+            chosen = (of[kept.reshape(b, C)] for of, kept in zip(scores, mask, strict=True))
+            # fmin looks past NaN, so NaN is the threshold only when there is nothing else
+            lists.append(np.array([np.fmin.reduce(c) + 0.0 if c.size else hint for c in chosen], source.dtype))
+        return [(o, 0.0) for o in lists]
 
-    return Job(source.name("batch_topk"), f"{I} {b} {C} {kind} K={K} k={k}", prepare, expected)
+    return Job(source.name("batch_topk"), f"{I} {b} {C} {kind} K={K} k={k} hint={hint}", prepare, expected)
 
 
 def forward_jobs(
@@ -401,6 +419,10 @@ def awkward_jobs(dtype: str) -> Iterator[Job]:
                 yield batch_topk(source, I, b, C, kind, K)
             for k in {0, 1, C // 2, C}:
                 yield batch_topk(source, I, b, C, kind, k=k)
+        for hint in (np.nan, np.inf, -1.0, 0.0, 0.5, 9.0):
+            yield batch_topk(source, 2, 37, 13, kind, 50, hint=hint)
+            yield batch_topk(source, 3, 11, 7, kind, [0, 77, 20], hint=hint)
+            yield batch_topk(source, 1, 67, 65, kind, 500, hint=hint)  # enough to sample from, in blocks and beyond
         yield batch_topk(source, 3, 11, 7, kind, [0, 77, 20])
         yield batch_topk(source, 2, 11, 7, kind, [5, 0])
     for I, b, C in ((2, 0, 5), (2, 5, 0), (1, 0, 0)):
@@ -441,6 +463,9 @@ def parallel_jobs(dtype: str) -> Iterator[Job]:
     source = Source(1, dtype)
     yield sum_loss(source, 3, 90001)
     yield batch_topk(source, 3, 300, 300, "ties", 12345)
+    yield batch_topk(source, 3, 300, 300, "normal", 12345, hint=1.0)
+    yield batch_topk(source, 1, 600, 700, "normal", 12345)  # one instance, shared
+    yield batch_topk(source, 1, 600, 700, "ties", 300000, hint=0.0)
     yield batch_topk(source, 3, 300, 300, "ties", k=37)
     yield from forward_jobs(source, 2, 300, 100, 5, 67, 45, 0.03, padding=3)
     yield from attribution_jobs(source, 3, 100, 30, 5, [(67, 45, 3), (45, 67, 3)])
@@ -470,7 +495,9 @@ def compare(job: Job, outputs: list[Array], expected: list[tuple[Array, float]],
         place = f"{job.function}({job.label}) output {n}, {where}"
         assert got.shape == want.shape, f"{place}: {got.shape}, not {want.shape}"
         tolerance = 2000 * float(np.finfo(got.dtype).eps) * size if size else 0
-        unlike = ~((abs(got.astype(np.float64) - want) <= tolerance) | (np.isnan(got) & np.isnan(want)))
+        with np.errstate(invalid="ignore"):  # of infinities
+            near = abs(got.astype(np.float64) - want) <= tolerance
+        unlike = ~(near | (got == want) | (np.isnan(got) & np.isnan(want)))
         if unlike.any():
             first = tuple(np.argwhere(unlike)[0])
             raise AssertionError(f"{place}: {got[first]} at {first}, not {want[first]}; {unlike.sum()} such entries")

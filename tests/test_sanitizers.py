@@ -101,8 +101,8 @@ PLANTED = {
     ),
     "workspace-of-topk": (
         "batch_topk.cpp",
-        "kept(n_left);",
-        "kept(n_left - 1);",
+        "const Workspace<U> keys(k);",
+        "const Workspace<U> keys(k - 1);",
         "batch_topk_float64",
         "heap-buffer-overflow",
     ),
@@ -170,8 +170,8 @@ def test_sanitizers_find_no_race_until_one_is_planted(race_tree: Path) -> None:
     done = drive_races(native.build(race_tree, RACES))
     assert done.returncode != 0
     racing = set(re.findall(r"parallel_for<fastapd::baseline::(?:\(anonymous namespace\)::)?(\w+<\w+>)", done.stderr))
-    names = "component_sum_loss batch_topk attribution_reduce attribution_reduce_backward component_svdvals schatten "
-    names += "schatten_masked project accumulate outer"
+    names = "component_sum_loss batch_topk list_above attribution_reduce attribution_reduce_backward component_svdvals "
+    names += "schatten schatten_masked project accumulate outer"
     assert racing == {f"{name}<{dtype}>" for name in names.split() for dtype in ("float", "double")}
 
 

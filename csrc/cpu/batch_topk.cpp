@@ -6,7 +6,8 @@
 // equal to the floor (all that is missing when many scores tie), then with a floor from the sample, then with no floor.
 // Every way ends with the same pairs, as the counts prove. Order: NaN largest, -0 = +0, denormals in order.
 // The selected flat indices are ascending: division gives the sample-major lists, a counting sort the component-major.
-// Work: one read of the scores, a small multiple of n_pairs, and batch + n_components. One thread owns one instance.
+// Work: one read of the scores, a small multiple of n_pairs, and batch + n_components. One thread owns one instance;
+// the scores of a large one that is alone are listed in pieces.
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -111,6 +112,25 @@ inline uint64_t passing(const double* scores, double limit) {
   }
   return mask;
 }
+// Bit i: whether low < keys[i] <= high, for a group of keys.
+inline uint64_t between(const int32_t* keys, int32_t low, int32_t high) {
+  uint64_t mask = 0;
+  for (int v = 0; v < 4; ++v) {
+    const __m512i x = _mm512_loadu_si512(keys + 16 * v);
+    const __mmask16 above = _mm512_cmpgt_epi32_mask(x, _mm512_set1_epi32(low));
+    mask |= static_cast<uint64_t>(_mm512_mask_cmple_epi32_mask(above, x, _mm512_set1_epi32(high))) << (16 * v);
+  }
+  return mask;
+}
+inline uint64_t between(const int64_t* keys, int64_t low, int64_t high) {
+  uint64_t mask = 0;
+  for (int v = 0; v < 8; ++v) {
+    const __m512i x = _mm512_loadu_si512(keys + 8 * v);
+    const __mmask8 above = _mm512_cmpgt_epi64_mask(x, _mm512_set1_epi64(low));
+    mask |= static_cast<uint64_t>(_mm512_mask_cmple_epi64_mask(above, x, _mm512_set1_epi64(high))) << (8 * v);
+  }
+  return mask;
+}
 #else
 template <class V>
 inline uint64_t sign_bits(V lanes) {  // of the result of a comparison, -1 or 0 in each lane
@@ -137,56 +157,78 @@ inline uint64_t passing(const T* scores, T limit) {
   }
   return mask;
 }
+// Bit i: whether low < keys[i] <= high, for a group of keys.
+template <class K>
+inline uint64_t between(const K* keys, K low, K high) {
+  uint64_t mask = 0;
+  for (int64_t i = 0; i < kGroup; ++i) mask |= static_cast<uint64_t>((keys[i] > low) & (keys[i] <= high)) << i;
+  return mask;
+}
 #endif
 
-// Writes the flat index and the bits of the scores in the mask, at first + their place in the group, without gaps;
-// what lies up to a group behind them is overwritten. Returns how many they are.
-template <class T>
-inline int64_t pack(uint64_t mask, const T* scores, int32_t first, int32_t* index, Key<T>* bits) {
-  int64_t n = 0;
-#if FASTAPD_COMPRESS  // into a register and out as a whole: compressing stores are slow on some processors
-  if (sizeof(T) == 4) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int v = 0; v < 4; ++v) {
-      const __mmask16 m = static_cast<__mmask16>(mask >> (16 * v));
-      const __m512i place = _mm512_add_epi32(lane, _mm512_set1_epi32(first + 16 * v));
-      _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(m, place));
-      _mm512_storeu_si512(bits + n, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(scores + 16 * v)));
-      n += __builtin_popcount(m);
-    }
-  } else {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    for (int v = 0; v < 8; ++v) {
-      const __mmask8 m = static_cast<__mmask8>(mask >> (8 * v));
-      const __m256i place = _mm256_add_epi32(lane, _mm256_set1_epi32(first + 8 * v));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + n), _mm256_maskz_compress_epi32(m, place));
-      _mm512_storeu_si512(bits + n, _mm512_maskz_compress_epi64(m, _mm512_loadu_si512(scores + 8 * v)));
-      n += __builtin_popcount(m);
-    }
+// Writes the places of the mask's bits, counted from first, without gaps, and up to two entries behind them. Returns
+// how many they are. The first two are written whether they exist or not: most groups have no more, and a branch that
+// is predicted wrong costs more than both.
+inline int64_t pack(uint64_t mask, int32_t first, int32_t* index) {
+  const int64_t n = __builtin_popcountll(mask);
+  for (int64_t i = 0; i < 2; ++i) {
+    index[i] = first + __builtin_ctzll(mask | uint64_t{1} << (kGroup - 1));
+    mask &= mask - 1;
   }
-#else
-  for (; mask != 0; mask &= mask - 1, ++n) {
-    const int lane = __builtin_ctzll(mask);
-    index[n] = first + lane;
-    bits[n] = raw_bits(scores[lane]);
+  for (int64_t i = 2; i < n; ++i) {
+    index[i] = first + __builtin_ctzll(mask);
+    mask &= mask - 1;
   }
-#endif
   return n;
 }
 
-// Lists what passes of scores[0:n], in order, and stops when more than `most` are listed. Returns how many are: index
-// and bits have room for most + kGroup.
+// Lists what passes of scores[begin:end], in order: flat indices and keys. Stops, a block of scores at a time, when
+// more than `most` are listed, and returns how many are: index and keys have room for most + kSlack. The keys of a
+// block are gathered while its scores are in the nearest cache.
+constexpr int64_t kBlock = 32 * kGroup, kSlack = kBlock + 2;
+
 template <Test kTest, class T>
-int64_t list(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* bits) {
-  int64_t listed = 0, at = 0;
-  for (; at + kGroup <= n && listed <= most; at += kGroup) {
-    const uint64_t mask = passing<kTest>(scores + at, limit);
-    if (mask != 0) listed += pack(mask, scores + at, static_cast<int32_t>(at), index + listed, bits + listed);
+int64_t list(const T* scores, int64_t begin, int64_t end, T limit, int64_t most, int32_t* index, Key<T>* keys) {
+  int64_t listed = 0;
+  for (int64_t at = begin; at < end && listed <= most;) {
+    const int64_t before = listed, stop = end - at < kBlock ? end : at + kBlock;
+    for (; at + kGroup <= stop; at += kGroup)
+      listed += pack(passing<kTest>(scores + at, limit), static_cast<int32_t>(at), index + listed);
+    for (; at < stop; ++at) {
+      index[listed] = static_cast<int32_t>(at);
+      listed += passes<kTest>(scores[at], limit);
+    }
+    for (int64_t i = before; i < listed; ++i) keys[i] = key_of(scores[index[i]]);
   }
-  for (; at < n && listed <= most; ++at) {
-    index[listed] = static_cast<int32_t>(at);
-    bits[listed] = raw_bits(scores[at]);
-    listed += passes<kTest>(scores[at], limit);
+  return listed;
+}
+
+constexpr int kMostPieces = 64;
+
+// How many threads list the scores of one instance.
+inline int pieces_of(int64_t n, int threads) {
+  const int64_t worthwhile = n / (1 << 17);
+  const int64_t pieces = threads < worthwhile ? threads : worthwhile;
+  return pieces < 1 ? 1 : pieces < kMostPieces ? static_cast<int>(pieces) : kMostPieces;
+}
+
+// The same of all scores[0:n] above the limit, in as many pieces, each of which needs the same room.
+template <class T>
+int64_t list_above(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* keys, int pieces) {
+  if (pieces == 1) return list<kAbove>(scores, 0, n, limit, most, index, keys);
+  const int64_t length = (n + pieces - 1) / pieces, room = most + kSlack;
+  int64_t counts[kMostPieces] = {};
+  parallel_for(pieces, 1, pieces, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t begin = p * length < n ? p * length : n, end = begin + length < n ? begin + length : n;
+      counts[p] = list<kAbove>(scores, begin, end, limit, most, index + p * room, keys + p * room);
+    }
+  });
+  int64_t listed = counts[0];
+  for (int64_t p = 1; p < pieces && listed <= most; listed += counts[p++]) {
+    const int64_t kept = listed + counts[p] <= most ? counts[p] : 0;
+    std::memmove(index + listed, index + p * room, sizeof(int32_t) * static_cast<size_t>(kept));
+    std::memmove(keys + listed, keys + p * room, sizeof(Key<T>) * static_cast<size_t>(kept));
   }
   return listed;
 }
@@ -207,26 +249,45 @@ struct Limit {
   int64_t ties;
 };
 
-constexpr int64_t kManyKeys = 1 << 15;
+// How many keys find_limit wants for itself: of n keys, those that are left when an eighth is.
+inline int64_t spare_keys(int64_t n) {
+  return n / 8 + 1;
+}
+
+constexpr int64_t kManyKeys = 1024, kStride = 16;
 
 // Finds the limit of the wanted > 0 largest of keys[0:n], all of them above `low`, n >= wanted. Narrows (low, high] by
-// interpolation and halving in turn, until as many as wanted are above one end or the ends are neighbours. Of many
-// keys only those between the ends stay in the count; false when there is no memory for them.
+// interpolation and halving in turn, until as many as wanted are above one end or the ends are neighbours. When an
+// eighth of the keys is left between the ends, only they are counted on. Many keys are first narrowed to where a
+// regular sample of them has its limit, two standard deviations to either side.
 template <class T>
-bool find_limit(const Key<T>* keys, int64_t n, int64_t wanted, Key<T> low, Limit<T>* result) {
+Limit<T> find_limit(const Key<T>* keys, int64_t n, int64_t wanted, Key<T> low, Key<T>* spare) {
   typedef typename KeyOf<T>::bits U;
   Key<T> high = low;
   for (int64_t i = 0; i < n; ++i) high = keys[i] > high ? keys[i] : high;
   int64_t above_low = n, above_high = 0, left_out = 0;  // left_out: keys above `high` that are no longer in keys[0:n]
-  Key<T>* between = nullptr;
+  Key<T> guesses[2];
+  int n_guesses = 0;
+  if (n >= kManyKeys) {
+    const int64_t size = n / kStride;
+    for (int64_t i = 0; i < size; ++i) spare[i] = keys[i * kStride];
+    const double part = static_cast<double>(wanted) / static_cast<double>(n), expected = part * size;
+    const double margin = 2 * __builtin_sqrt(expected * (1 - part)) + 1;
+    const int64_t more = static_cast<int64_t>(expected + margin), fewer = static_cast<int64_t>(expected - margin);
+    if (fewer > 0) guesses[n_guesses++] = find_limit<T>(spare, size, fewer, low, spare + size).above;
+    if (more < size) guesses[n_guesses++] = find_limit<T>(spare, size, more, low, spare + size).above;
+  }
   for (bool halve = false; above_low > wanted; halve = !halve) {
     const U width = static_cast<U>(high) - static_cast<U>(low);
     if (width <= 1) break;
     U step = width / 2;
-    if (!halve) {
+    const U guess = n_guesses > 0 ? static_cast<U>(guesses[--n_guesses]) - static_cast<U>(low) : 0;
+    if (guess > 0 && guess < width) {
+      step = guess;
+    } else if (!halve) {
       const double part = static_cast<double>(above_low - wanted) / static_cast<double>(above_low - above_high);
-      const U guess = static_cast<U>(part * static_cast<double>(width));
-      if (guess > 0 && guess < width) step = guess;
+      const U there = static_cast<U>(part * static_cast<double>(width));
+      if (there > 0 && there < width) step = there;
     }
     const Key<T> middle = static_cast<Key<T>>(static_cast<U>(low) + step);
     const int64_t above = left_out + count_above(keys, n, middle);
@@ -237,37 +298,34 @@ bool find_limit(const Key<T>* keys, int64_t n, int64_t wanted, Key<T> low, Limit
       high = middle;
       above_high = above;
     }
-    const int64_t inside = above_low - above_high;
-    if (n > kManyKeys && inside < n / 4) {
-      if (between == nullptr)
-        between = static_cast<Key<T>*>(__builtin_malloc(sizeof(Key<T>) * static_cast<size_t>(inside + 1)));
-      if (between == nullptr) return false;
-      int64_t kept = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        between[kept] = keys[i];
-        kept += (keys[i] > low) & (keys[i] <= high);
-      }
-      keys = between;
+    if (above_low - above_high <= n / 8) {
+      int64_t kept = 0, i = 0;
+      for (; i + kGroup <= n; i += kGroup)
+        for (uint64_t mask = between(keys + i, low, high); mask != 0; mask &= mask - 1)
+          spare[kept++] = keys[i + __builtin_ctzll(mask)];
+      for (; i < n; ++i)
+        if (keys[i] > low && keys[i] <= high) spare[kept++] = keys[i];
+      keys = spare;
       n = kept;
       left_out = above_high;
     }
   }
-  __builtin_free(between);
-  *result = above_low == wanted ? Limit<T>{low, 0} : Limit<T>{high, wanted - above_high};
-  return true;
+  return above_low == wanted ? Limit<T>{low, 0} : Limit<T>{high, wanted - above_high};
 }
 
-// Keeps of the indices those whose keys are within the limit, in order.
+// Copies the indices whose keys are within the limit, in order, and up to kKept entries more.
+constexpr int64_t kKept = 16;
+
 template <class T>
-void keep(int32_t* index, const Key<T>* keys, int64_t n, Limit<T> limit) {
+void keep(const int32_t* index, const Key<T>* keys, int64_t n, Limit<T> limit, int32_t* selected) {
   int64_t kept = 0, i = 0;
-#if FASTAPD_COMPRESS
-  if (limit.ties == 0) {  // a store reaches no index that was not read yet
+#if FASTAPD_COMPRESS  // into a register and out as a whole: compressing stores are slow on some processors
+  if (limit.ties == 0) {
     if (sizeof(T) == 4) {
       const __m512i above = _mm512_set1_epi32(static_cast<int32_t>(limit.above));
       for (; i + 16 <= n; i += 16) {
         const __mmask16 m = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + i), above);
-        _mm512_storeu_si512(index + kept, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(index + i)));
+        _mm512_storeu_si512(selected + kept, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(index + i)));
         kept += __builtin_popcount(m);
       }
     } else {
@@ -275,7 +333,7 @@ void keep(int32_t* index, const Key<T>* keys, int64_t n, Limit<T> limit) {
       for (; i + 8 <= n; i += 8) {
         const __mmask8 m = _mm512_cmpgt_epi64_mask(_mm512_loadu_si512(keys + i), above);
         const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + kept), _mm256_maskz_compress_epi32(m, of));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(selected + kept), _mm256_maskz_compress_epi32(m, of));
         kept += __builtin_popcount(m);
       }
     }
@@ -283,7 +341,7 @@ void keep(int32_t* index, const Key<T>* keys, int64_t n, Limit<T> limit) {
 #endif
   for (; i < n; ++i) {
     const int tie = (keys[i] == limit.above) & (limit.ties > 0);
-    index[kept] = index[i];
+    selected[kept] = index[i];
     kept += (keys[i] > limit.above) | tie;
     limit.ties -= tie;
   }
@@ -317,19 +375,19 @@ T sampled_floor(const T* scores, int64_t n, int64_t wanted) {
     keys[i] = raw_bits(scores[i * stretch + within]);
   }
   for (int64_t i = 0; i < size; ++i) keys[i] = key_of_bits<T>(keys[i]);
-  Limit<T> limit;
-  find_limit<T>(keys, size, rank, kBelowAll<T>, &limit);  // too few keys to need memory
-  return score_of<T>(limit.above);
+  Key<T> spare[kLargestSample / 8 + 1];
+  return score_of<T>(find_limit<T>(keys, size, rank, kBelowAll<T>, spare).above);
 }
 
 // ----------------------------------------------------------------------------------------------------------- selection
 
-// What one instance works on: its scores and how many of them are wanted, and what is selected: the flat indices,
-// ascending, and the smallest of the scores if asked for.
+// What one instance works on: its scores, how many of them are wanted, and by how many threads; and the smallest
+// selected score if asked for.
 template <class T>
 struct Batch {
   const T* scores;
   int64_t n, wanted;
+  int pieces;
   bool wants_threshold;
   T threshold;
 };
@@ -353,34 +411,34 @@ inline void merge(const int32_t* left, int64_t n_left, const int32_t* right, int
 // low for that, or so high that there are too few even with those that are equal to it.
 template <class T>
 Outcome select_above(Batch<T>* batch, T floor, int64_t most, int32_t* selected) {
-  const int64_t wanted = batch->wanted;
-  const Workspace<int32_t> indices(most + kGroup);
-  const Workspace<Key<T>> of_listed(most + kGroup);
+  const int64_t wanted = batch->wanted, room = batch->pieces * (most + kSlack);
+  const Workspace<int32_t> indices(room);
+  const Workspace<Key<T>> of_listed(room + spare_keys(most));
   int32_t* index = indices.data;
   Key<T>* keys = of_listed.data;
   if (index == nullptr || keys == nullptr) return Outcome::kNoMemory;
   const bool nan = floor != floor;  // above which there is nothing
-  const int64_t n = nan ? 0 : list<kAbove>(batch->scores, batch->n, floor, most, index, keys);
+  const int64_t n = nan ? 0 : list_above(batch->scores, batch->n, floor, most, index, keys, batch->pieces);
   if (n > most) return Outcome::kMissed;
   if (n < wanted) {
     const int64_t missing = wanted - n;
     const auto equal = nan ? list<kIsNaN, T> : list<kEqual, T>;
-    if (equal(batch->scores, batch->n, floor, missing - 1, index + n, keys) < missing) return Outcome::kMissed;
+    if (equal(batch->scores, 0, batch->n, floor, missing - 1, index + n, keys) < missing) return Outcome::kMissed;
     merge(index, n, index + n, missing, selected);
     batch->threshold = floor;
     return Outcome::kDone;
   }
-  for (int64_t i = 0; i < n; ++i) keys[i] = key_of_bits<T>(keys[i]);
-  Limit<T> limit;
-  if (!find_limit<T>(keys, n, wanted, kBelowAll<T>, &limit)) return Outcome::kNoMemory;
+  const Limit<T> limit = find_limit<T>(keys, n, wanted, key_of(floor), keys + n);
   if (batch->wants_threshold) {
-    Key<T> least = limit.ties > 0 ? limit.above : kNaN<T>;
-    if (limit.ties == 0)
-      for (int64_t i = 0; i < n; ++i) least = (keys[i] > limit.above) & (keys[i] < least) ? keys[i] : least;
+    Key<T> least = kNaN<T>;
+    for (int64_t i = 0; i < n; ++i) {
+      const Key<T> key = keys[i] > limit.above ? keys[i] : kNaN<T>;
+      least = key < least ? key : least;
+    }
+    if (limit.ties > 0) least = limit.above;
     batch->threshold = score_of<T>(least);
   }
-  keep<T>(index, keys, n, limit);
-  std::memcpy(selected, index, sizeof(int32_t) * static_cast<size_t>(wanted));
+  keep<T>(index, keys, n, limit, selected);
   return Outcome::kDone;
 }
 
@@ -403,24 +461,43 @@ bool select_flat(Batch<T>* batch, T hint, int32_t* selected) {
 
 // ------------------------------------------------------------------------------------------------------------ grouping
 
-// Turns the counts in offsets[c + 1] into offsets, and cursor[c] into where the component's list begins.
-inline void begin_lists(int64_t* offsets, int64_t* cursor, int64_t n_components) {
-  for (int64_t c = 0; c < n_components; ++c) {
-    cursor[c] = offsets[c];
-    offsets[c + 1] += offsets[c];
-  }
-}
-
 inline void clear_offsets(SelectionOut out, int64_t batch, int64_t n_components) {
   std::memset(out.offsets, 0, sizeof(int64_t) * static_cast<size_t>(n_components + 1));
   std::memset(out.sample_offsets, 0, sizeof(int64_t) * static_cast<size_t>(batch + 1));
 }
 
+// To the component-major list, from the counts in offsets[c + 1], the sample of each pair, and in `position` how many
+// pairs of the same component come before it.
+inline void scatter(SelectionOut out, const int32_t* sample, int64_t n_pairs, int64_t n_components) {
+  for (int64_t c = 0; c < n_components; ++c) out.offsets[c + 1] += out.offsets[c];
+  for (int64_t j = 0; j < n_pairs; ++j) {
+    const int64_t place = out.offsets[out.component[j]] + out.position[j];
+    out.position[j] = static_cast<int32_t>(place);
+    out.sample[place] = sample[j];
+  }
+}
+
+// Every entry of ends[1 : n + 1] becomes the largest up to it. Four stretches at a time, as one has to wait for itself.
+inline void running_maximum(int64_t* ends, int64_t n) {
+  constexpr int64_t kStretches = 4;
+  const int64_t length = n / kStretches;
+  int64_t largest[kStretches];
+  for (int64_t t = 0; t < kStretches; ++t) {  // entries that are not zero ascend
+    int64_t at = t * length;
+    while (at > 0 && ends[at] == 0) --at;
+    largest[t] = ends[at];
+  }
+  for (int64_t i = 1; i <= length; ++i)
+    for (int64_t t = 0; t < kStretches; ++t) {
+      int64_t* end = ends + t * length + i;
+      largest[t] = *end > largest[t] ? *end : largest[t];
+      *end = largest[t];
+    }
+  for (int64_t i = kStretches * length + 1; i <= n; ++i) ends[i] = ends[i] > ends[i - 1] ? ends[i] : ends[i - 1];
+}
+
 // From ascending flat indices to both orders of the selection; the indices become the samples of the pairs.
-inline bool group(int32_t* index, int64_t n_pairs, SelectionOut out, int64_t batch, int64_t n_components) {
-  const Workspace<int64_t> cursors(n_components);
-  int64_t* cursor = cursors.data;
-  if (cursor == nullptr) return false;
+inline void group(int32_t* index, int64_t n_pairs, SelectionOut out, int64_t batch, int64_t n_components) {
   // (i + 1/2) / C is at least 1/2C away from the next integer, far more than doubles below 2^31 are rounded by.
   const double inverse = 1 / static_cast<double>(n_components);
   const int32_t width = static_cast<int32_t>(n_components);
@@ -431,31 +508,26 @@ inline bool group(int32_t* index, int64_t n_pairs, SelectionOut out, int64_t bat
   }
   for (int64_t j = 0; j < n_pairs; ++j) {
     out.sample_offsets[index[j] + 1] = j + 1;  // of a sample the last stays
-    ++out.offsets[out.component[j] + 1];
+    out.position[j] = static_cast<int32_t>(out.offsets[out.component[j] + 1]++);
   }
-  for (int64_t s = 0; s < batch; ++s)
-    if (out.sample_offsets[s + 1] == 0) out.sample_offsets[s + 1] = out.sample_offsets[s];
-  begin_lists(out.offsets, cursor, n_components);
-  for (int64_t j = 0; j < n_pairs; ++j) {
-    const int64_t place = cursor[out.component[j]]++;
-    out.sample[place] = index[j];
-    out.position[j] = static_cast<int32_t>(place);
-  }
-  return true;
+  running_maximum(out.sample_offsets, batch);
+  scatter(out, index, n_pairs, n_components);
 }
 
 // threshold: a hint of the smallest selected score, and then that score; null when nobody asks.
 template <class T>
-bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs,
-                  T* threshold) {
+bool select_batch(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t n_pairs, T* threshold,
+                  int threads) {
   clear_offsets(out, batch, n_components);
   if (n_pairs == 0) return true;
-  const Workspace<int32_t> selected(n_pairs);
+  const Workspace<int32_t> selected(n_pairs + kKept);
   if (selected.data == nullptr) return false;
-  Batch<T> of = {scores, batch * n_components, n_pairs, threshold != nullptr, T{0}};
+  const int64_t n = batch * n_components;
+  Batch<T> of = {scores, n, n_pairs, pieces_of(n, threads), threshold != nullptr, T{0}};
   if (!select_flat(&of, threshold != nullptr ? *threshold : score_of<T>(kNaN<T>), selected.data)) return false;
   if (threshold != nullptr) *threshold = of.threshold;
-  return group(selected.data, n_pairs, out, batch, n_components);
+  group(selected.data, n_pairs, out, batch, n_components);
+  return true;
 }
 
 // The smallest of heap[0 : k] is at its root.
@@ -473,21 +545,6 @@ inline void sift_down(U* heap, int64_t k, int64_t at) {
   }
 }
 
-// From the sample-major list of samples of k pairs each, and the counts in offsets[c + 1], to the component-major one.
-inline bool group_samples(SelectionOut out, int64_t batch, int64_t n_components) {
-  const Workspace<int64_t> cursors(n_components);
-  int64_t* cursor = cursors.data;
-  if (cursor == nullptr) return false;
-  begin_lists(out.offsets, cursor, n_components);
-  for (int64_t s = 0; s < batch; ++s)
-    for (int64_t j = out.sample_offsets[s]; j < out.sample_offsets[s + 1]; ++j) {
-      const int64_t place = cursor[out.component[j]]++;
-      out.sample[place] = static_cast<int32_t>(s);
-      out.position[j] = static_cast<int32_t>(place);
-    }
-  return true;
-}
-
 // The k largest of each sample: a heap of k keys finds the sample's threshold, a second walk over the row emits.
 template <class T>
 bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_components, int64_t k) {
@@ -495,8 +552,10 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
   clear_offsets(out, batch, n_components);
   if (k == 0) return true;
   const Workspace<U> keys(k);
+  const Workspace<int32_t> of_pairs(k * batch);
   U* heap = keys.data;
-  if (heap == nullptr) return false;
+  int32_t* sample = of_pairs.data;
+  if (heap == nullptr || sample == nullptr) return false;
   int64_t emitted = 0;
   for (int64_t s = 0; s < batch; ++s) {
     const T* row = scores + s * n_components;
@@ -515,12 +574,14 @@ bool select_samples(const T* scores, SelectionOut out, int64_t batch, int64_t n_
       const U key = key_of(row[c]);
       if (key < limit) continue;
       if (key == limit && ties-- <= 0) continue;
-      out.component[emitted++] = static_cast<int32_t>(c);
-      ++out.offsets[c + 1];
+      out.component[emitted] = static_cast<int32_t>(c);
+      out.position[emitted] = static_cast<int32_t>(out.offsets[c + 1]++);
+      sample[emitted++] = static_cast<int32_t>(s);
     }
     out.sample_offsets[s + 1] = emitted;
   }
-  return group_samples(out, batch, n_components);
+  scatter(out, sample, emitted, n_components);
+  return true;
 }
 
 }  // namespace
@@ -543,7 +604,8 @@ bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t 
       const int64_t n_pairs = counts == nullptr ? capacity : counts[i];
       const bool ok =
           k >= 0 ? select_samples(of, at, batch, n_components, k)
-                 : select_batch(of, at, batch, n_components, n_pairs, thresholds == nullptr ? nullptr : thresholds + i);
+                 : select_batch(of, at, batch, n_components, n_pairs, thresholds == nullptr ? nullptr : thresholds + i,
+                                n_instances == 1 ? threads : 1);
       if (!ok) failure.set();
       for (int64_t j = n_pairs; j < capacity; ++j) at.sample[j] = at.component[j] = at.position[j] = 0;
     }

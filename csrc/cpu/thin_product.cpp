@@ -64,9 +64,9 @@ inline void tile(const T* A, int64_t stride_m, int64_t stride_k, int64_t depth, 
       if (left >= kLanes<T>) {
         store(at, keep ? load(at) + sum : sum);
       } else {
-        T ends[kLanes<T>];
+        T ends[2 * kLanes<T>];  // longer than needed, or the compiler fears for its end
         store(ends, sum);
-        for (int64_t e = 0; e < kLanes<T> && e < left; ++e) at[e] = keep ? at[e] + ends[e] : ends[e];
+        for (int64_t e = 0; e < left; ++e) at[e] = keep ? at[e] + ends[e] : ends[e];
       }
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import define, with_instances
+from fastapd.ops._op import constant, define, with_instances
 
 
 class Selection(NamedTuple):
@@ -61,56 +62,82 @@ class Selection(NamedTuple):
         return mask.scatter_(-1, flat, True)[..., :size].view(*leading, self.batch, self.n_components)
 
 
-def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool) -> bool:
-    _check.tensors(op, scores=scores)
-    instances = _check.rank(op, "scores", scores, "batch, n_components")
-    batch, n_components = scores.shape[-2:]
-    if per_sample:
-        _check.whole(op, "k", k, 0, n_components, f"[0, n_components={n_components}]")
+def _check_topk(op: str, scores: Tensor, k: int, per_sample: bool, hint: Tensor | None = None) -> bool:
+    if hint is None:
+        _check.tensors(op, scores=scores)
     else:
-        _check.whole(op, "K", k, 0, batch * n_components, f"[0, batch * n_components={batch * n_components}]")
+        _check.tensors(op, scores=scores, hint=hint)
+    instances = scores.dim() == 3 or _check.rank(op, "scores", scores, "batch, n_components")
+    if hint is not None:
+        _check_hint(op, scores, hint)
+    batch, n_components = scores.shape[-2:]
+    most, axes = (n_components, "n_components") if per_sample else (batch * n_components, "batch * n_components")
+    if not (type(k) is int and 0 <= k <= most):  # the message is made for those who need it
+        _check.whole(op, "k" if per_sample else "K", k, 0, most, f"[0, {axes}={most}]")
     if batch * n_components >= 2**31:
         raise ValueError(f"{op}: scores must have fewer than 2**31 entries an instance, got {_check.shape(scores)}")
     return instances
 
 
+def _check_hint(op: str, scores: Tensor, hint: Tensor) -> None:
+    if hint.dim() != scores.dim() - 2 or (hint.dim() == 1 and hint.shape[0] != scores.shape[0]):
+        wanted = "[n_instances]" if scores.dim() == 3 else "[]"
+        raise ValueError(
+            f"{op}: hint must have shape {wanted} for scores {_check.shape(scores)}, got {_check.shape(hint)}"
+        )
+    if hint.requires_grad:
+        raise NotImplementedError(f"{op}: hint must not require gradients, as it is written to; detach it")
+
+
 def _grouped_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
     n_instances, batch, n_components = scores.shape
-    return (
-        scores.new_empty(n_instances, n_pairs, dtype=torch.int32),
-        scores.new_empty(n_instances, n_components + 1, dtype=torch.int64),
-        scores.new_empty(n_instances, n_pairs, dtype=torch.int32),
-        scores.new_empty(n_instances, batch + 1, dtype=torch.int64),
-        scores.new_empty(n_instances, n_pairs, dtype=torch.int32),
-    )
+    sample = scores.new_empty(n_instances, n_pairs, dtype=torch.int32)
+    offsets = scores.new_empty(n_instances, n_components + 1, dtype=torch.int64)
+    sample_offsets = scores.new_empty(n_instances, batch + 1, dtype=torch.int64)
+    return sample, offsets, torch.empty_like(sample), sample_offsets, torch.empty_like(sample)
 
 
-def _cpu_select(scores: Tensor, capacity: int, counts: Tensor | None, k: int) -> tuple[Tensor, ...]:
+def _cpu_select(
+    scores: Tensor, capacity: int, counts: Tensor | None = None, k: int = -1, thresholds: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Allocates the selection and lets `csrc/cpu/batch_topk.cpp` fill it."""
     scores = scores.contiguous()
     out = _grouped_fake(scores, capacity)
     native: Any = _native.load("_C").module
     run = native.batch_topk_float32 if scores.dtype == torch.float32 else native.batch_topk_float64
-    to, limits = [t.data_ptr() for t in out], 0 if counts is None else counts.data_ptr()
-    run(scores.data_ptr(), to, *scores.shape, capacity, limits, k, 0, torch.get_num_threads())
+    limits, hints = (0 if t is None else t.data_ptr() for t in (counts, thresholds))
+    run(
+        scores.data_ptr(), [t.data_ptr() for t in out], *scores.shape, capacity, limits, k, hints,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
 def cpu_batch_topk(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
-    return _cpu_select(scores, n_pairs, None, -1)
+    return _cpu_select(scores, n_pairs)
+
+
+def cpu_batch_topk_warm(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    thresholds = hint.clone()  # which is dense, as hint has one axis
+    return *_cpu_select(scores, n_pairs, thresholds=thresholds), thresholds
 
 
 def cpu_sample_topk(scores: Tensor, k: int) -> tuple[Tensor, ...]:
-    return _cpu_select(scores, k * scores.shape[1], None, k)
+    return _cpu_select(scores, k * scores.shape[1], k=k)
 
 
 def cpu_batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
-    return _cpu_select(scores, capacity, counts.contiguous(), -1)
+    return _cpu_select(scores, capacity, counts.contiguous())
 
 
 def _batch_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
     _check_topk("batch_topk", scores, n_pairs, per_sample=False)
     return _grouped_fake(scores, n_pairs)
+
+
+def _warm_fake(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    _check_topk("batch_topk", scores, n_pairs, per_sample=False, hint=hint)
+    return *_grouped_fake(scores, n_pairs), hint.clone()
 
 
 def _check_counts(scores: Tensor, counts: Tensor) -> None:
@@ -141,13 +168,18 @@ def _sample_fake(scores: Tensor, k: int) -> tuple[Tensor, ...]:
 
 _OUT = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _batch_topk = define("batch_topk", f"(Tensor scores, SymInt n_pairs) -> {_OUT}", _batch_fake)
+_batch_topk_warm = define(
+    "batch_topk_warm", f"(Tensor scores, Tensor hint, SymInt n_pairs) -> {_OUT[:-1]}, Tensor)", _warm_fake
+)
 _batch_topk_counts = define(
     "batch_topk_counts", f"(Tensor scores, Tensor counts, SymInt capacity) -> {_OUT}", _counts_fake
 )
 _sample_topk = define("sample_topk", f"(Tensor scores, SymInt k) -> {_OUT}", _sample_fake)
 
 
-def batch_topk(scores: Float[Tensor, "*I b C"], K: int | Int[Tensor, " I"]) -> Selection:
+def batch_topk(
+    scores: Float[Tensor, "*I b C"], K: int | Int[Tensor, " I"], hint: Float[Tensor, "*I"] | None = None
+) -> Selection:
     """Selects the K largest of all scores of a batch, exactly.
 
     (b, c) is selected  iff  scores[b, c] is among the K largest of scores.flatten()
@@ -158,26 +190,42 @@ def batch_topk(scores: Float[Tensor, "*I b C"], K: int | Int[Tensor, " I"]) -> S
         K: How many pairs to keep, in [0, batch * n_components]; for a mean of k per sample, `int(k * batch)`. An int64
             tensor [n_instances] gives every instance its own number (exact k): its values are read, which waits for
             the device, and the selection's lists are as long as the largest.
+        hint: [n_instances] (or [] without that axis), of the dtype and on the device of scores: where the threshold,
+            the smallest selected score, is expected; from one step of a training to the next it moves little. It is
+            overwritten with the threshold found (left alone if K = 0), so that one tensor, NaN at first, serves all
+            steps. What it holds never changes the selection: a good hint saves the search for a place to start (the
+            reference backend has no use for one), a wrong one costs up to one more read of the scores, and NaN or an
+            infinity is no hint. Not together with a tensor K.
 
     Returns:
         The `Selection`; `selection.mask` is the bool [.., batch, n_components].
 
     Raises:
         ValueError: If K is out of range or a shape or device is wrong.
-        TypeError: If K is neither an int nor an int64 tensor, or scores is not floating.
+        TypeError: If K is neither an int nor an int64 tensor, scores is not floating, or hint has another dtype.
+        NotImplementedError: If hint requires gradients.
 
     Numerics: exact. Ties go to the lowest flat index (sample-major); -0 equals +0; NaN counts as largest.
     Gradient: none; the selection is a constant.
-    Cost: two reads of the scores and O(K) on the CPU backend; a full sort on the reference.
+    Cost: on the CPU backend one read of the scores and O(K + batch + n_components), whatever the scores but for a
+        chance below 1e-4 a call; a full sort on the reference.
     Source: Braun et al. 2025, section 2.2 (batch top-k); `calc_topk_mask(batch_topk=True)` of ApolloResearch/apd.
     """
     if isinstance(K, Tensor):
+        if hint is not None:
+            raise ValueError("batch_topk: hint must be None when K is a tensor, got a tensor")
         return _batch_topk_each(scores, K)
-    instances = _check_topk("batch_topk", scores, K, per_sample=False)
+    instances = _check_topk("batch_topk", scores, K, per_sample=False, hint=hint)
     scores = scores.detach()
-    if instances:
-        return Selection(*_batch_topk(scores, K))
-    return Selection(*(t.squeeze(0) for t in _batch_topk(*with_instances(scores), K)))
+    if hint is None:
+        return _selection(instances, constant(_batch_topk, scores if instances else scores.unsqueeze(0), K))
+    found = constant(_batch_topk_warm, *((scores, hint) if instances else with_instances(scores, hint)), K)
+    hint.copy_(found[5] if instances else found[5].squeeze(0))
+    return _selection(instances, found[:5])
+
+
+def _selection(instances: bool, lists: Sequence[Tensor]) -> Selection:
+    return Selection(*lists) if instances else Selection(*(t.squeeze(0) for t in lists))
 
 
 def _batch_topk_each(scores: Tensor, counts: Tensor) -> Selection:
@@ -189,7 +237,7 @@ def _batch_topk_each(scores: Tensor, counts: Tensor) -> Selection:
     values = counts.tolist()
     for value in values:
         _check_topk(op, scores, value, per_sample=False)
-    return Selection(*_batch_topk_counts(scores.detach(), counts, max(values, default=0)))
+    return Selection(*constant(_batch_topk_counts, scores.detach(), counts, max(values, default=0)))
 
 
 def sample_topk(scores: Float[Tensor, "*I b C"], k: int) -> Selection:
@@ -214,6 +262,4 @@ def sample_topk(scores: Float[Tensor, "*I b C"], k: int) -> Selection:
     """
     instances = _check_topk("sample_topk", scores, k, per_sample=True)
     scores = scores.detach()
-    if instances:
-        return Selection(*_sample_topk(scores, k))
-    return Selection(*(t.squeeze(0) for t in _sample_topk(*with_instances(scores), k)))
+    return _selection(instances, constant(_sample_topk, scores if instances else scores.unsqueeze(0), k))

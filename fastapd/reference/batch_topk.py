@@ -17,6 +17,12 @@ def batch_topk(scores: Tensor, n_pairs: int) -> Grouped:
     return _grouped(flat, batch, n_components)
 
 
+def batch_topk_warm(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    """`batch_topk`, which needs no hint, and each instance's smallest selected score: the hint if there is none."""
+    ordered = scores.flatten(1).sort(dim=-1, descending=True, stable=True).values
+    return *batch_topk(scores, n_pairs), ordered[:, n_pairs - 1] + 0.0 if n_pairs else hint.clone()
+
+
 def batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> Grouped:
     """Every instance's own number of pairs, at most `capacity`; the lists end in zeros."""
     parts = [batch_topk(scores[i : i + 1], int(n)) for i, n in enumerate(counts.tolist())]

@@ -1,6 +1,7 @@
 """batch_topk and sample_topk: exact selections, ties by the lowest flat index, against numpy.
 
-`batch_topk` with a tensor (every instance's own K) is at the end, with what its padding must not do.
+Behind that `batch_topk` with a hint, and with scores that no sample tells the threshold of; `batch_topk` with a tensor
+(every instance's own K) is at the end, with what its padding must not do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastapd import backends, ops, testing
 
@@ -308,6 +311,179 @@ def test_sample_topk_takes_no_tensor():
     wanted = "sample_topk: k must be an int, got Tensor tensor([2, 3])"
     with pytest.raises(TypeError, match=re.escape(wanted) + "$"):
         ops.sample_topk(S, torch.tensor([2, 3]))
+
+
+# --------------------------------------------------------------------------------------- hints and adversarial scores
+
+
+def reference_lists(scores: Tensor, k: int) -> list[Tensor]:
+    with backends.use_backend("reference"):
+        return list(ops.batch_topk(scores, k))
+
+
+def threshold(scores: Tensor, k: int) -> Tensor:
+    """The smallest selected score of each instance, from numpy."""
+    flat = scores.flatten(1).numpy()
+    return torch.from_numpy(np.stack([one[order(one)[k - 1]] for one in flat]) + flat.dtype.type(0))
+
+
+def assert_same_threshold(got: Tensor, wanted: Tensor) -> None:
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+def sparse(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape) * (torch.rand(shape) < 0.01)
+
+
+# an instance whose scores are sampled from (more than 2048) and one whose are not
+SHAPES = [(2, 123, 100), (3, 37, 13)]
+ADVERSARIAL = {
+    "all equal": lambda shape: torch.full(shape, 0.25),
+    "all zero, of both signs": lambda shape: torch.zeros(shape).copysign(torch.randn(shape)),
+    "all NaN": lambda shape: torch.full(shape, torch.nan),
+    "all -inf": lambda shape: torch.full(shape, -torch.inf),
+    "two values": lambda shape: (torch.rand(shape) < 0.04).float(),
+    "99 % zeros": sparse,
+    "ascending": lambda shape: torch.rand(shape).flatten(1).sort().values.view(shape),
+    "descending": lambda shape: torch.rand(shape).flatten(1).sort(descending=True).values.view(shape),
+    "the first sample": lambda shape: torch.rand(shape) + 9 * (torch.arange(shape[1])[:, None] == 0),
+    "the last component": lambda shape: torch.rand(shape) + 9 * (torch.arange(shape[2]) == shape[2] - 1),
+    "negative": lambda shape: -torch.randn(shape).square(),
+    "of every scale": lambda shape: torch.randn(shape).mul(30).exp(),
+    "denormal": lambda shape: torch.randint(-9, 9, shape) * 1e-45,
+    "some NaN": lambda shape: torch.randn(shape).masked_fill(torch.rand(shape) < 0.04, torch.nan),
+    "some infinite": lambda shape: torch.randn(shape).masked_fill(torch.rand(shape) < 0.04, torch.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("cpu_level", ["baseline", "avx2", "avx512"], indirect=True)
+def test_batch_topk_of_adversarial_scores_with_any_hint(cpu_level, kind, shape, dtype):
+    torch.manual_seed(0)
+    scores = ADVERSARIAL[kind](shape).to(dtype)
+    n = scores[0].numel()
+    for k in (1, 3, n // 100, n // 25, n // 2, n - 1, n):
+        wanted, right = ops.Selection(*reference_lists(scores, k)), threshold(scores, k)
+        for i, one in enumerate(scores):
+            assert np.array_equal(wanted.mask[i].numpy(), chosen("batch_topk", one, k))
+        hints = [right * by for by in (1, 1.05, 0.95, 1.2, 0.5, 4, -1)]
+        hints += [torch.full_like(right, value) for value in (0.0, -0.0, 1e-42, -1e30, 1e30, torch.nan, torch.inf)]
+        testing.assert_bit_equal(list(ops.batch_topk(scores, k)), list(wanted))
+        for hint in hints:
+            testing.assert_bit_equal(list(ops.batch_topk(scores, k, hint)), list(wanted))
+            assert_same_threshold(hint, right)
+
+
+# A sample of n < 2^15 scores has one of each of 512 stretches of n // 512: the two below are built on that, and on the
+# floor being the sample's (512 K / n + 4 sqrt(512 K / n) + 4)-th largest.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hint", [None, 0.5, 1e9, 2.5])
+def test_batch_topk_goes_on_when_the_sample_misses_the_largest(dtype, hint):
+    """The 511 largest are behind the last stretch: above the floor are more than 4 K + 16 (n // 512), room for which
+    is made."""
+    n, k = 5 * 512 - 1, 10
+    scores = torch.cat([torch.rand(n - 511), 2 + torch.rand(511)]).view(1, n, 1).to(dtype)
+    hints = None if hint is None else torch.tensor([hint], dtype=dtype)
+    assert 4 * k + 16 * (n // 512) < 511
+    testing.assert_bit_equal(list(ops.batch_topk(scores, k, hints)), reference_lists(scores, k))
+    assert hints is None or torch.equal(hints, threshold(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hint", [None, 0.5, 1e9])
+def test_batch_topk_goes_on_when_the_sample_is_above_the_threshold(dtype, hint):
+    """Equal scores in each stretch, small ones behind the last: the floor is the 417th of the 512 values, and above or
+    equal to it are 4 * 417 scores, fewer than K."""
+    n, k = 5 * 512 - 1, 1700
+    stretches = (1 + torch.randperm(512) / 512).repeat_interleave(4)
+    scores = torch.cat([stretches, torch.rand(511)]).view(1, 1, n).to(dtype)
+    hints = None if hint is None else torch.tensor([hint], dtype=dtype)
+    expected = k * 512 / n
+    assert 4 * int(expected + 4 * expected**0.5 + 4) < k
+    testing.assert_bit_equal(list(ops.batch_topk(scores, k, hints)), reference_lists(scores, k))
+    assert hints is None or torch.equal(hints, threshold(scores, k))
+
+
+@pytest.mark.parametrize("backend", testing.cpu_backends("batch_topk_warm"), indirect=True)
+def test_batch_topk_hint_follows_the_threshold(backend):
+    """One tensor through the steps of a training, for any strides and without the instance axis."""
+    hint = torch.full((3, 2), torch.nan)[:, 0]
+    for step in range(5):
+        scores = torch.randn(3, 60, 50).square() * (1 + step)
+        testing.assert_bit_equal(list(ops.batch_topk(scores, 90, hint)), list(ops.batch_topk(scores, 90)))
+        assert torch.equal(hint, threshold(scores, 90))
+    one = torch.tensor(torch.nan)
+    testing.assert_bit_equal(list(ops.batch_topk(scores[1], 90, one)), list(ops.batch_topk(scores[1], 90)))
+    assert torch.equal(one, threshold(scores, 90)[1])
+    before = hint.clone()
+    ops.batch_topk(scores, 0, hint)
+    ops.batch_topk(scores[:, :0], 0, hint)
+    assert torch.equal(hint, before)
+    assert ops.batch_topk(scores[:0], 90, hint[:0]).n_pairs == 90
+
+
+def test_batch_topk_with_a_hint_passes_opcheck_and_compiles_to_one_graph():
+    scores, hint, k = testing.inputs("batch_topk_warm", "tms_40")
+    torch.library.opcheck(torch.ops.fastapd.batch_topk_warm, (scores, hint, k))
+    compiled = torch.compile(lambda s, h: ops.batch_topk(s, k, h), fullgraph=True, backend="aot_eager")
+    eager, found = hint.clone(), hint.clone()
+    testing.assert_bit_equal(list(compiled(scores, found)), list(ops.batch_topk(scores, k, eager)))
+    testing.assert_bit_equal(found, eager)
+    assert torch.equal(found, threshold(scores, k))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batch_topk_is_seen_by_those_who_watch_ops(op):
+    """In plain eager mode an implementation is called without torch's dispatcher; whoever listens there hears of it."""
+    scores, k = testing.inputs(op, "odd")
+    wanted = list(getattr(ops, op)(scores, k))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        testing.assert_bit_equal(list(getattr(ops, op)(scores, k)), wanted)
+    assert f"fastapd::{op}" in {event.key for event in profiler.key_averages()}
+
+    heard = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            heard.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Listener():
+        testing.assert_bit_equal(list(getattr(ops, op)(scores, k)), wanted)
+    assert f"fastapd::{op}" in heard
+    testing.assert_bit_equal(list(torch.vmap(lambda s: getattr(ops, op)(s, k))(scores)), wanted)
+    traced = make_fx(lambda s: getattr(ops, op)(s, k))(scores)
+    assert any(node.target is getattr(torch.ops.fastapd, op).default for node in traced.graph.nodes)
+    jit = torch.jit.trace(lambda s: getattr(ops, op)(s, k).component, (scores,), check_trace=False)
+    assert f"fastapd::{op}" in {node.kind() for node in jit.graph.nodes()}
+
+
+HINT = torch.zeros(2)
+HINTS_REFUSED = [
+    (TypeError, 1, [0.0, 0.0], "hint must be a torch.Tensor, got list"),
+    (TypeError, 1, HINT.long(), f"hint {FLOATS}, got torch.int64"),
+    (TypeError, 1, HINT.double(), "hint must have the dtype of scores, torch.float32, got torch.float64"),
+    (ValueError, 1, HINT.to("meta"), "hint must be on the device of scores, cpu, got meta"),
+    (ValueError, 1, HINT[:1], "hint must have shape [n_instances] for scores [2, 6, 3], got [1]"),
+    (ValueError, 1, HINT[0], "hint must have shape [n_instances] for scores [2, 6, 3], got []"),
+    (NotImplementedError, 1, torch.zeros(2, requires_grad=True), "hint must not require gradients, as it is written "
+     "to; detach it"),
+    (ValueError, torch.tensor([2, 3]), HINT, "hint must be None when K is a tensor, got a tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, K, hint, message", HINTS_REFUSED)
+def test_batch_topk_refuses_a_hint(error, K, hint, message):
+    with pytest.raises(error, match=re.escape(f"batch_topk: {message}") + "$"):
+        ops.batch_topk(S, K, hint)
+    if isinstance(hint, Tensor) and hint.dim() == 0:
+        with pytest.raises(ValueError, match=re.escape("hint must have shape [] for scores [6, 3], got [2]") + "$"):
+            ops.batch_topk(S[0], K, HINT)
 
 
 # --------------------------------------------------------------------------------------------- every instance's own K

@@ -105,6 +105,16 @@ def position_of_the_other_order(right, scores, *limits):
     return sample, offsets, component, sample_offsets, position.flip(-1)
 
 
+def everything_above_the_hint(right, scores, hint, n_pairs):
+    """A selection that believes its hint: what lies below is not looked at."""
+    below = scores < hint[:, None, None]
+    return right(scores.masked_fill(below, scores.min()), hint, n_pairs)
+
+
+def threshold_that_is_the_hint(right, scores, hint, n_pairs):
+    return *right(scores, hint, n_pairs)[:5], hint.clone()
+
+
 def padding_that_is_a_pair(right, scores, counts, capacity):
     sample, *rest = right(scores, counts, capacity)
     for i, n in enumerate(counts.tolist()):
@@ -181,6 +191,7 @@ PLANTED = {
         gradients_of_shared_outputs_from_the_first_sample_only,
     ],
     "batch_topk": [ties_to_the_highest_index, position_of_the_other_order],
+    "batch_topk_warm": [everything_above_the_hint, threshold_that_is_the_hint],
     "batch_topk_counts": [ties_to_the_highest_index, position_of_the_other_order, padding_that_is_a_pair],
     "sample_topk": [ties_to_the_highest_index, position_of_the_other_order],
     "component_svdvals": [ascending, values_of_the_gram_matrix_in_half_the_digits, without_rotation],
