@@ -120,6 +120,13 @@ inline void widen(const float* f, int64_t m, int64_t d, int64_t begin, int64_t n
   }
 }
 
+// Unrolled before arrays are taken apart into registers; unrolled later, tiles would live in memory.
+#if defined(__clang__)
+#define FASTAPD_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define FASTAPD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // Conditions that are known when a lambda is compiled.
 struct Yes {
   constexpr operator bool() const { return true; }
@@ -135,12 +142,14 @@ struct No {
 #endif
 
 // The sums over the lanes of each of kGroup vectors.
-inline Lanes sum_each(const Lanes* v) {
+inline __attribute__((always_inline)) Lanes sum_each(const Lanes* v) {
 #if FASTAPD_VECTOR_BYTES == 64
   Lanes pair[4], four[2];
+  FASTAPD_UNROLL
   for (int i = 0; i < 4; ++i)
     pair[i] = FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
               FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  FASTAPD_UNROLL
   for (int i = 0; i < 2; ++i)
     four[i] = FASTAPD_SHUFFLE(pair[2 * i], pair[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
               FASTAPD_SHUFFLE(pair[2 * i], pair[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
@@ -148,6 +157,7 @@ inline Lanes sum_each(const Lanes* v) {
          FASTAPD_SHUFFLE(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
 #elif FASTAPD_VECTOR_BYTES == 32
   Lanes pair[2];
+  FASTAPD_UNROLL
   for (int i = 0; i < 2; ++i)
     pair[i] = FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 4, 2, 6) + FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 1, 5, 3, 7);
   return FASTAPD_SHUFFLE(pair[0], pair[1], 0, 1, 4, 5) + FASTAPD_SHUFFLE(pair[0], pair[1], 2, 3, 6, 7);
@@ -166,24 +176,30 @@ inline void dot_tile(const double* a, const double* b, int64_t stride, int64_t n
   Lanes acc[kWhole];  // cleared, it would live in memory
   const auto add = [&](int64_t i, auto begins) {
     Lanes y[S];
+    FASTAPD_UNROLL
     for (int s = 0; s < S; ++s) y[s] = load(b + s * stride + i);
     int e = 0;
+    FASTAPD_UNROLL
     for (int r = 0; r < R; ++r) {
       const Lanes x = kDiagonal ? y[r < S ? r : 0] : load(a + r * stride + i);
+      FASTAPD_UNROLL
       for (int s = kDiagonal ? r : 0; s < S; ++s, ++e) acc[e] = begins ? x * y[s] : acc[e] + x * y[s];
     }
   };
   add(0, Yes{});
   for (int64_t i = kGroup; i < n; i += kGroup) add(i, No{});
+  FASTAPD_UNROLL
   for (int e = kEntries; e < kWhole; ++e) acc[e] = acc[0];  // not looked at
   double sums[kWhole];
+  FASTAPD_UNROLL
   for (int e = 0; e < kWhole; e += static_cast<int>(kGroup)) store(sums + e, sum_each(acc + e));
   int e = 0;
-  for (int r = 0; r < R; ++r)
-    for (int s = kDiagonal ? r : 0; s < S; ++s) {
-      double* to = total + (r * row + s) * kGroup;
-      *to = first ? sums[e++] : *to + sums[e++];
-    }
+  FASTAPD_UNROLL
+  for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+  for (int s = kDiagonal ? r : 0; s < S; ++s) {
+    double* to = total + (r * row + s) * kGroup;
+    *to = first ? sums[e++] : *to + sums[e++];
+  }
 }
 
 template <int R>
@@ -237,22 +253,31 @@ inline void apply_tile(const double* h, int64_t m, const double* panel, float* o
   Lanes acc[R][kPanel];  // cleared, it would live in memory
   const auto add = [&](int64_t k, auto begins) {
     Lanes x[kPanel];
+    FASTAPD_UNROLL
     for (int v = 0; v < kPanel; ++v) x[v] = load(panel + (k * kPanel + v) * kGroup);
+    FASTAPD_UNROLL
     for (int r = 0; r < R; ++r) {
       const double c = h[r * m + k];
+      FASTAPD_UNROLL
       for (int v = 0; v < kPanel; ++v) acc[r][v] = begins ? c * x[v] : acc[r][v] + c * x[v];
     }
   };
   add(0, Yes{});
   for (int64_t k = 1; k < m; ++k) add(k, No{});
   if (n >= kPanel * kGroup && accumulate) {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, widened(out + r * d + v * kGroup) + acc[r][v]);
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, widened(out + r * d + v * kGroup) + acc[r][v]);
   } else if (n >= kPanel * kGroup) {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, acc[r][v]);
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, acc[r][v]);
   } else {
-    put_part<R>(&acc[0][0], out, d, n, accumulate);
+    Lanes rest[R][kPanel];
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) rest[r][v] = acc[r][v];
+    put_part<R>(&rest[0][0], out, d, n, accumulate);
   }
 }
 
