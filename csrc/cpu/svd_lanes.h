@@ -26,7 +26,8 @@ constexpr int64_t kGroup = kLanes<double>;
 constexpr double kPivot = 1e-7;        // of a column's squared length, what must be left beside the columns before it
 constexpr double kSpan = 1e-14;        // of sigma^2, smallest to largest
 constexpr double kOrthogonal = 1e-28;  // of a squared cosine: such columns are left as they are
-constexpr double kLast = 1e-18;  // of a squared cosine: a sweep that met no larger one was the last, as it squares
+constexpr int kPairs = 4;              // that are turned at a time
+constexpr double kLast = 1e-14;  // of a squared cosine: a sweep that met no larger one was the last, as it squares
 
 using Lanes = vec<double>;
 using Mask = decltype(Lanes{} < Lanes{});
@@ -35,6 +36,22 @@ typedef float NarrowUnaligned __attribute__((vector_size(FASTAPD_VECTOR_BYTES / 
 
 inline Lanes fill(double value) {
   return Lanes{} + value;
+}
+
+inline Lanes widened(const float* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const NarrowUnaligned*>(p), Lanes);
+#endif
+}
+
+inline void narrow(float* p, Lanes v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(v)));
+#else
+  *reinterpret_cast<NarrowUnaligned*>(p) = __builtin_convertvector(v, Narrow);
+#endif
 }
 
 inline Lanes root(Lanes v) {
@@ -97,110 +114,187 @@ inline void widen(const float* f, int64_t m, int64_t d, int64_t begin, int64_t n
     const float* from = f + r * d + begin;
     double* to = out + r * stride;
     int64_t i = 0;
-    for (; i + kGroup <= n; i += kGroup)
-      store(to + i, __builtin_convertvector(*reinterpret_cast<const NarrowUnaligned*>(from + i), Lanes));
+    for (; i + kGroup <= n; i += kGroup) store(to + i, widened(from + i));
     if (i == n) continue;
     for (int64_t end = i + kGroup; i < end; ++i) to[i] = i < n ? static_cast<double>(from[i]) : 0;
   }
 }
 
-// total[e * kGroup] += the dot products of R rows of a and S rows of b; e = place[r * 4 + s], left out if negative.
+// Unrolled before arrays are taken apart into registers; unrolled later, tiles would live in memory.
+#if defined(__clang__)
+#define FASTAPD_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define FASTAPD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Conditions that are known when a lambda is compiled.
+struct Yes {
+  constexpr operator bool() const { return true; }
+};
+struct No {
+  constexpr operator bool() const { return false; }
+};
+
+#if defined(__clang__)
+#define FASTAPD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTAPD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+
+// The sums over the lanes of each of kGroup vectors.
+inline __attribute__((always_inline)) Lanes sum_each(const Lanes* v) {
+#if FASTAPD_VECTOR_BYTES == 64
+  Lanes pair[4], four[2];
+  FASTAPD_UNROLL
+  for (int i = 0; i < 4; ++i)
+    pair[i] = FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+              FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  FASTAPD_UNROLL
+  for (int i = 0; i < 2; ++i)
+    four[i] = FASTAPD_SHUFFLE(pair[2 * i], pair[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+              FASTAPD_SHUFFLE(pair[2 * i], pair[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return FASTAPD_SHUFFLE(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         FASTAPD_SHUFFLE(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#elif FASTAPD_VECTOR_BYTES == 32
+  Lanes pair[2];
+  FASTAPD_UNROLL
+  for (int i = 0; i < 2; ++i)
+    pair[i] = FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 4, 2, 6) + FASTAPD_SHUFFLE(v[2 * i], v[2 * i + 1], 1, 5, 3, 7);
+  return FASTAPD_SHUFFLE(pair[0], pair[1], 0, 1, 4, 5) + FASTAPD_SHUFFLE(pair[0], pair[1], 2, 3, 6, 7);
+#else
+  return FASTAPD_SHUFFLE(v[0], v[1], 0, 2) + FASTAPD_SHUFFLE(v[0], v[1], 1, 3);
+#endif
+}
+
+// total[(r * row + s) * kGroup] += (= if first) the dot product of row r of a and row s of b, from the diagonal on if a
+// is b.
 template <int R, int S, bool kDiagonal>
-inline void dot_tile(const double* a, const double* b, int64_t stride, int64_t n, double* total, int64_t row) {
-  Lanes acc[R][S] = {};
-  for (int64_t i = 0; i < n; i += kGroup) {
+inline void dot_tile(const double* a, const double* b, int64_t stride, int64_t n, bool first, double* total,
+                     int64_t row) {
+  constexpr int kEntries = kDiagonal ? R * (R + 1) / 2 : R * S;
+  constexpr int kWhole = static_cast<int>((kEntries + kGroup - 1) / kGroup * kGroup);
+  Lanes acc[kWhole];  // cleared, it would live in memory
+  const auto add = [&](int64_t i, auto begins) {
     Lanes y[S];
+    FASTAPD_UNROLL
     for (int s = 0; s < S; ++s) y[s] = load(b + s * stride + i);
+    int e = 0;
+    FASTAPD_UNROLL
     for (int r = 0; r < R; ++r) {
       const Lanes x = kDiagonal ? y[r < S ? r : 0] : load(a + r * stride + i);
-      for (int s = kDiagonal ? r : 0; s < S; ++s) acc[r][s] += x * y[s];
+      FASTAPD_UNROLL
+      for (int s = kDiagonal ? r : 0; s < S; ++s, ++e) acc[e] = begins ? x * y[s] : acc[e] + x * y[s];
     }
+  };
+  add(0, Yes{});
+  for (int64_t i = kGroup; i < n; i += kGroup) add(i, No{});
+  FASTAPD_UNROLL
+  for (int e = kEntries; e < kWhole; ++e) acc[e] = acc[0];  // not looked at
+  double sums[kWhole];
+  FASTAPD_UNROLL
+  for (int e = 0; e < kWhole; e += static_cast<int>(kGroup)) store(sums + e, sum_each(acc + e));
+  int e = 0;
+  FASTAPD_UNROLL
+  for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+  for (int s = kDiagonal ? r : 0; s < S; ++s) {
+    double* to = total + (r * row + s) * kGroup;
+    *to = first ? sums[e++] : *to + sums[e++];
   }
-  for (int r = 0; r < R; ++r)
-    for (int s = kDiagonal ? r : 0; s < S; ++s) total[(r * row + s) * kGroup] += sum_lanes<double>(acc[r][s]);
 }
 
 template <int R>
-inline void dot_row(const double* rows, int64_t stride, int64_t n, int64_t m, int64_t r, double* total) {
-  dot_tile<R, R, true>(rows + r * stride, rows + r * stride, stride, n, total + (r * m + r) * kGroup, m);
+inline void dot_row(const double* rows, int64_t stride, int64_t n, int64_t m, int64_t r, bool first, double* total) {
+  dot_tile<R, R, true>(rows + r * stride, rows + r * stride, stride, n, first, total + (r * m + r) * kGroup, m);
   int64_t s = r + R;
   for (; s + 4 <= m; s += 4)
-    dot_tile<R, 4, false>(rows + r * stride, rows + s * stride, stride, n, total + (r * m + s) * kGroup, m);
+    dot_tile<R, 4, false>(rows + r * stride, rows + s * stride, stride, n, first, total + (r * m + s) * kGroup, m);
   for (; s < m; ++s)
-    dot_tile<R, 1, false>(rows + r * stride, rows + s * stride, stride, n, total + (r * m + s) * kGroup, m);
+    dot_tile<R, 1, false>(rows + r * stride, rows + s * stride, stride, n, first, total + (r * m + s) * kGroup, m);
 }
 
-// Columns that are widened at a time: what fits into the first cache beside the rest.
+// Columns of a factor that are widened at a time: what the second cache holds.
 inline int64_t chunk_of(int64_t m, int64_t d) {
-  const int64_t whole = (d + kGroup - 1) / kGroup * kGroup, fit = 3072 / (m > 0 ? m : 1) / kGroup * kGroup;
+  const int64_t whole = (d + kGroup - 1) / kGroup * kGroup, fit = 12288 / (m > 0 ? m : 1) / kGroup * kGroup;
   const int64_t chunk = fit > 64 ? fit : 64;
   return chunk < whole ? chunk : whole;
 }
 
+constexpr int kPanel = FASTAPD_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of columns that a tile of `apply` has
+
 // One component's upper triangle of f f^T, into its lane of G [m, m, kGroup].
 inline void gram(const float* f, int64_t m, int64_t d, double* G, double* rows) {
   const int64_t chunk = chunk_of(m, d);
-  for (int64_t k = 0; k < m * m; ++k) G[k * kGroup] = 0;
+  if (d == 0)
+    for (int64_t k = 0; k < m * m; ++k) G[k * kGroup] = 0;
   for (int64_t begin = 0; begin < d; begin += chunk) {
     const int64_t n = d - begin < chunk ? d - begin : chunk;
     widen(f, m, d, begin, n, rows, chunk);
     int64_t r = 0;
-    for (; r + 4 <= m; r += 4) dot_row<4>(rows, chunk, n, m, r, G);
-    if (m - r == 1) dot_row<1>(rows, chunk, n, m, r, G);
-    if (m - r == 2) dot_row<2>(rows, chunk, n, m, r, G);
-    if (m - r == 3) dot_row<3>(rows, chunk, n, m, r, G);
+    for (; r + 4 <= m; r += 4) dot_row<4>(rows, chunk, n, m, r, begin == 0, G);
+    if (m - r == 1) dot_row<1>(rows, chunk, n, m, r, begin == 0, G);
+    if (m - r == 2) dot_row<2>(rows, chunk, n, m, r, begin == 0, G);
+    if (m - r == 3) dot_row<3>(rows, chunk, n, m, r, begin == 0, G);
   }
 }
 
-inline void put_lanes(float* out, Lanes value, int64_t n, bool accumulate) {
-  if (n >= kGroup) {
-    if (accumulate) value += __builtin_convertvector(*reinterpret_cast<const NarrowUnaligned*>(out), Lanes);
-    *reinterpret_cast<NarrowUnaligned*>(out) = __builtin_convertvector(value, Narrow);
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = static_cast<float>(accumulate ? static_cast<double>(out[i]) + value[i] : value[i]);
-}
-
-template <int R, int V>
-inline void apply_tile(const double* h, int64_t m, const double* rows, int64_t stride, float* out, int64_t d, int64_t n,
-                       bool accumulate) {
-  Lanes acc[R][V] = {};
-  for (int64_t k = 0; k < m; ++k) {
-    Lanes x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(rows + k * stride + v * kGroup);
-    for (int r = 0; r < R; ++r) {
-      const double c = h[r * m + k];
-      for (int v = 0; v < V; ++v) acc[r][v] += c * x[v];
+// The last columns of R rows, fewer than a panel has.
+template <int R>
+__attribute__((noinline)) void put_part(const Lanes* acc, float* out, int64_t d, int64_t n, bool accumulate) {
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = acc[r * kPanel + i / kGroup][i % kGroup];
+      out[r * d + i] = static_cast<float>(accumulate ? static_cast<double>(out[r * d + i]) + value : value);
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) put_lanes(out + r * d + v * kGroup, acc[r][v], n - v * kGroup, accumulate);
 }
 
 template <int R>
-inline void apply_rows(const double* h, int64_t m, const double* rows, int64_t stride, float* out, int64_t d, int64_t n,
+inline void apply_tile(const double* h, int64_t m, const double* panel, float* out, int64_t d, int64_t n,
                        bool accumulate) {
-  constexpr int V = R == 4 ? 3 : 4;
-  int64_t i = 0;
-  for (; i + (V - 1) * kGroup < n; i += V * kGroup)
-    apply_tile<R, V>(h, m, rows + i, stride, out + i, d, n - i, accumulate);
-  for (; i < n; i += kGroup) apply_tile<R, 1>(h, m, rows + i, stride, out + i, d, n - i, accumulate);
+  Lanes acc[R][kPanel];  // cleared, it would live in memory
+  const auto add = [&](int64_t k, auto begins) {
+    Lanes x[kPanel];
+    FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) x[v] = load(panel + (k * kPanel + v) * kGroup);
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const double c = h[r * m + k];
+      FASTAPD_UNROLL
+      for (int v = 0; v < kPanel; ++v) acc[r][v] = begins ? c * x[v] : acc[r][v] + c * x[v];
+    }
+  };
+  add(0, Yes{});
+  for (int64_t k = 1; k < m; ++k) add(k, No{});
+  if (n >= kPanel * kGroup && accumulate) {
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, widened(out + r * d + v * kGroup) + acc[r][v]);
+  } else if (n >= kPanel * kGroup) {
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) narrow(out + r * d + v * kGroup, acc[r][v]);
+  } else {
+    Lanes rest[R][kPanel];
+    FASTAPD_UNROLL
+    for (int r = 0; r < R; ++r) FASTAPD_UNROLL
+    for (int v = 0; v < kPanel; ++v) rest[r][v] = acc[r][v];
+    put_part<R>(&rest[0][0], out, d, n, accumulate);
+  }
 }
 
 // out [m, d] = h f, or added to it; h [m, m], f [m, d].
-inline void apply(const double* h, const float* f, int64_t m, int64_t d, float* out, bool accumulate, double* rows) {
-  const int64_t chunk = chunk_of(m, d);
-  for (int64_t begin = 0; begin < d; begin += chunk) {
-    const int64_t n = d - begin < chunk ? d - begin : chunk;
-    widen(f, m, d, begin, n, rows, chunk);
+inline void apply(const double* h, const float* f, int64_t m, int64_t d, float* out, bool accumulate, double* panel) {
+  constexpr int64_t width = kPanel * kGroup;
+  for (int64_t begin = 0; begin < d; begin += width) {
+    const int64_t n = d - begin < width ? d - begin : width;
+    widen(f, m, d, begin, n, panel, width);
+    float* to = out + begin;
     int64_t r = 0;
-    for (; r + 4 <= m; r += 4) apply_rows<4>(h + r * m, m, rows, chunk, out + r * d + begin, d, n, accumulate);
+    for (; r + 4 <= m; r += 4) apply_tile<4>(h + r * m, m, panel, to + r * d, d, n, accumulate);
     if (m - r >= 2) {
-      apply_rows<2>(h + r * m, m, rows, chunk, out + r * d + begin, d, n, accumulate);
+      apply_tile<2>(h + r * m, m, panel, to + r * d, d, n, accumulate);
       r += 2;
     }
-    if (m - r == 1) apply_rows<1>(h + r * m, m, rows, chunk, out + r * d + begin, d, n, accumulate);
+    if (m - r == 1) apply_tile<1>(h + r * m, m, panel, to + r * d, d, n, accumulate);
   }
 }
 
@@ -258,40 +352,97 @@ inline Lanes dot_lanes(const double* a, const double* b, int64_t rank) {
   return even + odd;
 }
 
+// The tangent and the cosine of the angle that makes columns of squared lengths alpha and alpha + gap, of the product
+// gamma, orthogonal. The tangent is good to 1e-8, as what is left of gamma goes with the next sweep, where it matters;
+// the cosine to the last bits, as it changes lengths.
+inline void rotation(Lanes gap, Lanes gamma, Lanes* tangent, Lanes* cosine) {
+  const Lanes size = gap < 0.0 ? -gap : gap, square = gap * gap + 4.0 * gamma * gamma;
+#if defined(__AVX512F__)  // division and roots take longer than the rest of a rotation
+  const auto inverse_root = [](Lanes v) { return reinterpret_cast<Lanes>(_mm512_maskz_rsqrt14_pd(0xff, v)); };
+  const auto refine = [](Lanes v, Lanes y) { return y * (1.5 - 0.5 * v * y * y); };
+  const Lanes sum = size + square * refine(square, inverse_root(square));
+  const Lanes guess = reinterpret_cast<Lanes>(_mm512_maskz_rcp14_pd(0xff, sum));
+  const Lanes t = 2.0 * gamma * (guess * (2.0 - sum * guess)), v = 1.0 + t * t;
+  *cosine = refine(v, refine(v, inverse_root(v)));
+#else
+  const Lanes t = 2.0 * gamma / (size + root(square));
+  *cosine = 1.0 / root(1.0 + t * t);
+#endif
+  *tangent = gap < 0.0 ? -t : t;
+}
+
 // Makes the rows of W [m, m] orthogonal. norms [m] become their squared lengths.
 template <int M>
 inline void orthogonalise_lanes(double* W, double* norms, int64_t rank, Mask* ok) {
   const int64_t m = M ? M : rank, players = m + m % 2;
-  Mask active = *ok;
+  Mask active = *ok, large;
+  // n pairs, no row in two of them: the processor works on several at a time.
+  const auto rotate = [&](const int64_t* left, const int64_t* right, int n) {
+    Lanes tangent[kPairs], cosine[kPairs];
+    bool turns[kPairs];
+    for (int k = 0; k < n; ++k) tangent[k] = dot_lanes<M>(W + left[k] * m * kGroup, W + right[k] * m * kGroup, m);
+    for (int k = 0; k < n; ++k) {
+      double *to_p = norms + left[k] * kGroup, *to_q = norms + right[k] * kGroup;
+      const Lanes alpha = load(to_p), beta = load(to_q), gamma = tangent[k];
+      const Lanes square = gamma * gamma, both = alpha * beta;
+      const Mask turn = active & (square > kOrthogonal * both);
+      large |= turn & (square > kLast * both);
+      Lanes t, c;
+      rotation(beta - alpha, gamma, &t, &c);
+      t = turn ? t : Lanes{};
+      tangent[k] = t;
+      cosine[k] = turn ? c : fill(1.0);
+      turns[k] = any(turn);
+      store(to_p, alpha - t * gamma);
+      store(to_q, beta + t * gamma);
+    }
+    for (int k = 0; k < n; ++k) {
+      if (!turns[k]) continue;
+      double *wp = W + left[k] * m * kGroup, *wq = W + right[k] * m * kGroup;
+      const Lanes c = cosine[k], s = c * tangent[k];
+      for (int64_t i = 0; i < m; ++i) {
+        const Lanes a = load(wp + i * kGroup), b = load(wq + i * kGroup);
+        store(wp + i * kGroup, c * a - s * b);
+        store(wq + i * kGroup, s * a + c * b);
+      }
+    }
+  };
   for (int sweep = 0; sweep < 40 && any(active); ++sweep) {
     for (int64_t j = 0; j < m; ++j) store(norms + j * kGroup, dot_lanes<M>(W + j * m * kGroup, W + j * m * kGroup, m));
-    Mask large = {};
-    // A tournament: the pairs of a round share no row, so that the processor can work on several.
-    for (int64_t round = 0; round + 1 < players; ++round)
-      for (int64_t k = 0; k < players / 2; ++k) {
-        int64_t p = k == 0 ? players - 1 : round + k, q = round - k;
-        if (k > 0 && p >= players - 1) p -= players - 1;
-        if (q < 0) q += players - 1;
-        if (p >= m || q >= m) continue;
-        double *wp = W + p * m * kGroup, *wq = W + q * m * kGroup;
-        const Lanes alpha = load(norms + p * kGroup), beta = load(norms + q * kGroup), gamma = dot_lanes<M>(wp, wq, m);
-        const Lanes square = gamma * gamma, both = alpha * beta;
-        const Mask turn = active & (square > kOrthogonal * both);
-        if (!any(turn)) continue;
-        large |= active & (square > kLast * both);
-        const Lanes gap = beta - alpha;
-        const Lanes size = gap < 0.0 ? -gap : gap;
-        Lanes t = 2.0 * gamma / (size + root(gap * gap + 4.0 * square));
-        t = turn ? (gap < 0.0 ? -t : t) : Lanes{};
-        const Lanes c = 1.0 / root(1.0 + t * t), s = c * t;
-        for (int64_t i = 0; i < m; ++i) {
-          const Lanes a = load(wp + i * kGroup), b = load(wq + i * kGroup);
-          store(wp + i * kGroup, c * a - s * b);
-          store(wq + i * kGroup, s * a + c * b);
-        }
-        store(norms + p * kGroup, alpha - t * gamma);
-        store(norms + q * kGroup, beta + t * gamma);
+    large = Mask{};
+    int64_t left[kPairs], right[kPairs];
+    if (m <= 24) {  // a tournament
+      for (int64_t round = 0; round + 1 < players; ++round) {
+        int n = 0;
+        const auto meet = [&](int64_t p, int64_t q) {
+          left[n] = p;
+          right[n++] = q;
+          if (n < kPairs) return;
+          rotate(left, right, n);
+          n = 0;
+        };
+        if (players == m) meet(round, players - 1);
+        for (int64_t k = 1; k < players / 2; ++k)
+          meet(round + k < players - 1 ? round + k : round + k - players + 1,
+               round - k < 0 ? round - k + players - 1 : round - k);
+        if (n > 0) rotate(left, right, n);
       }
+    } else {  // block against block, which the first cache holds
+      for (int64_t first = 0; first < m; first += kPairs) {
+        for (int64_t p = first; p < first + kPairs && p < m; ++p)
+          for (int64_t q = p + 1; q < first + kPairs && q < m; ++q) rotate(&p, &q, 1);
+        for (int64_t second = first + kPairs; second < m; second += kPairs)
+          for (int64_t shift = 0; shift < kPairs; ++shift) {
+            int n = 0;
+            for (int64_t k = 0; k < kPairs; ++k) {
+              left[n] = first + k;
+              right[n] = second + (k + shift) % kPairs;
+              if (right[n] < m) ++n;
+            }
+            rotate(left, right, n);
+          }
+      }
+    }
     active &= large;
   }
   *ok &= ~active;
@@ -311,7 +462,7 @@ inline void weighted_gram(const double* rows, const double* weight, int64_t rank
   const int64_t m = M ? M : rank;
   for (int64_t r = 0; r < m; ++r)
     for (int64_t k = r; k < m; k += 4) {
-      Lanes acc[4] = {};
+      Lanes acc[4] = {Lanes{}, Lanes{}, Lanes{}, Lanes{}};
       const int64_t n = m - k < 4 ? m - k : 4;
       if (n == 4) {
         for (int64_t i = 0; i < m; ++i) {
@@ -344,10 +495,15 @@ struct Group {
   int64_t n;
 };
 
+// Columns for which there must be room: of a chunk of the Gram matrix, or of a panel.
+inline int64_t rows_of(int64_t m, int64_t d_in, int64_t d_out) {
+  const int64_t chunk = chunk_of(m, d_in > d_out ? d_in : d_out);
+  return chunk > kPanel * kGroup ? chunk : kPanel * kGroup;
+}
+
 // Doubles that the functions below need, the first of them at a multiple of 64 bytes.
 inline int64_t group_size(int64_t m, int64_t d_in, int64_t d_out) {
-  const int64_t wide = d_in > d_out ? d_in : d_out;
-  return (4 * m * m + 2 * m) * kGroup + m * chunk_of(m, wide) + m * m + kGroup + 8;
+  return (4 * m * m + 2 * m) * kGroup + m * rows_of(m, d_in, d_out) + m * m + 8;
 }
 
 inline double* aligned(double* p) {
@@ -383,8 +539,7 @@ void schatten_lanes(Group& group, double p, double eps, bool accumulate, int64_t
   const int64_t m = M ? M : rank, square = m * m * kGroup;
   memory = aligned(memory);
   double *RA = memory, *Y = RA + square, *W = Y + square, *H = W + square, *norms = H + square;
-  double *weights = norms + m * kGroup, *rows = weights + m * kGroup,
-         *h = rows + m * chunk_of(m, d_in > d_out ? d_in : d_out);
+  double *weights = norms + m * kGroup, *rows = weights + m * kGroup, *h = rows + m * rows_of(m, d_in, d_out);
   Lanes trace_A, trace_B;
   Mask ok;
   const Lanes unit = decompose_lanes<M>(group, m, d_in, d_out, memory, &trace_A, &trace_B, &ok);
