@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import NamedTuple
 
@@ -68,8 +67,9 @@ PROGRAMS = {
     "no ungated way": Program((3, 4), ((1, 2),), ((0, 0), (2, 2)), (3, 4, 5, 2), (0, 1, 2, 3), ((0, 1), (1, 3), (2, 3))),
 }  # fmt: skip
 every_program = pytest.mark.parametrize("name", PROGRAMS)
-SIZES = ((1, 1, 1), (3, 15, 1), (1, 16, 4), (2, 17, 3), (1, 31, 2), (1, 33, 2), (1, 63, 2), (1, 64, 5), (2, 65, 3),
-         (1, 130, 2), (3, 0, 2), (2, 5, 0), (0, 4, 2))  # fmt: skip
+# Long sums have several components: errors are compared with the reference's own, which may be lucky on a few values.
+SIZES = ((1, 1, 1), (3, 2, 1), (3, 15, 6), (1, 16, 9), (2, 17, 8), (1, 31, 7), (1, 33, 9), (1, 63, 10), (1, 64, 9),
+         (2, 65, 8), (1, 130, 11), (3, 0, 2), (2, 5, 0), (0, 4, 2))  # fmt: skip
 
 
 def with_gradients(args: tuple) -> testing.Answer:
@@ -438,11 +438,9 @@ REFUSED = [
     (ValueError, {"onward": {2: LINK}}, "barriers[0] must lead to later ones below 2, got 2"),
     (ValueError, {"other": X[:, :5]}, "input 1 must have shape [2, 6, 4], got [2, 5, 4]"),
     (ValueError, {"other": X[:1]}, "input 1 must have shape [2, 6, 4], got [1, 6, 4]"),
-    (ValueError, {"other": X[0]}, "input 1 must have shape [2, 6, 4], got [6, 4]"),
     (ValueError, {"A": A[:1]}, "A of left 0 must have shape [2, 3, 4, 2], got [1, 3, 4, 2]"),
     (ValueError, {"A": A[:, :2]}, "A of left 0 must have shape [2, 3, 4, 2], got [2, 2, 4, 2]"),
     (ValueError, {"A": A[:, :, :3]}, "A of left 0 must have shape [2, 3, 4, 2], got [2, 3, 3, 2]"),
-    (ValueError, {"A": A[0]}, "A of left 0 must have shape [2, 3, 4, 2], got [3, 4, 2]"),
     (ValueError, {"into": {0: F0[:, :, :1]}}, "matrix into barrier 0 must have shape [2, 3, 2, 5], got [2, 3, 1, 5]"),
     (ValueError, {"into": {0: F0[..., :4]}}, "matrix into barrier 0 must have shape [2, 3, 2, 5], got [2, 3, 2, 4]"),
     (ValueError, {"into": {1: F0}}, "matrix into barrier 1 must have shape [2, 3, 2, 7], got [2, 3, 2, 5]"),
@@ -498,18 +496,24 @@ def test_attribution_tangent_refuses_an_empty_network(sources, barriers):
         ops.attribution_tangent(*given)
 
 
-def test_attribution_tangent_refuses_x_without_two_or_three_axes():
-    for x in (torch.zeros(()), torch.zeros(4), torch.zeros(1, 2, 6, 4)):
-        with pytest.raises(ValueError, match=rf"^{OP}: sources\[0\]\.x must have shape"):
-            of_parts(**GOOD | {"x": x, "other": x})
-    for name, into in (("A", torch.zeros(2)), ("into", {0: torch.zeros(2)}), ("gate", torch.zeros(()))):
-        with pytest.raises(ValueError, match=rf"^{OP}: .* must have shape .*, got \["):
-            of_parts(**GOOD | {name: into})
-
-
-def test_attribution_tangent_sizes_are_those_of_the_blocks():
-    """The kernel takes 8, 16, 32 or 64 samples at once: batches below, at and above each are among the sizes."""
-    batches = {batch for _, batch, _ in SIZES}
-    for block in (16, 32, 64):
-        assert {block - 1, block + 1} <= batches or {block - 1, block} <= batches
-    assert math.prod(next(iter(SIZES))) == 1
+@pytest.mark.parametrize("change, message", [
+    ({"x": torch.zeros(())}, "sources[0].x must have shape [batch, width] or [n_instances, batch, width], got []"),
+    ({"x": torch.zeros(1, 2, 6, 4)},
+     "sources[0].x must have shape [batch, width] or [n_instances, batch, width], got [1, 2, 6, 4]"),
+    ({"other": X[0]}, "sources[1].x must have shape [n_instances, batch, width] like sources[0].x [2, 6, 4], got [6, 4]"),
+    ({"A": A[0]}, "sources[0].A must have shape [n_instances, n_components, width, rank] like sources[0].x [2, 6, 4], "
+     "got [3, 4, 2]"),
+    ({"A": torch.zeros(2)}, "sources[0].A must have shape [n_instances, n_components, width, rank] like sources[0].x "
+     "[2, 6, 4], got [2]"),
+    ({"into": {0: F0[0]}}, "sources[0].into[0] must have shape [n_instances, n_components, rows, width] like "
+     "sources[0].x [2, 6, 4], got [3, 2, 5]"),
+    ({"gate": GATE[0]}, "barriers[0].gate must have shape [n_instances, batch, width] like sources[0].x [2, 6, 4], "
+     "got [6, 5]"),
+    ({"onward": {1: LINK[0]}}, "barriers[0].onward[1] must have shape [n_instances or 1, rows, width] like "
+     "sources[0].x [2, 6, 4], got [5, 7]"),
+    ({"x": X[0], "other": X[0]}, "sources[0].A must have shape [n_components, width, rank] like sources[0].x [6, 4], "
+     "got [2, 3, 4, 2]"),
+])  # fmt: skip
+def test_attribution_tangent_refuses_other_axes(change, message):
+    with pytest.raises(ValueError, match=re.escape(f"{OP}: {message}") + "$"):
+        of_parts(**GOOD | change)
