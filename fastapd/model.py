@@ -183,6 +183,7 @@ class ComponentModel:
         self._plans: dict[Any, Plan] = {}
         self._form: Form | None = None
         self._form_key: list[tuple[int, int]] = []
+        self._form_of: list[Tensor] = []
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -268,6 +269,9 @@ class ComponentModel:
         expected = None if self._chain_checked else target()
         values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows))
         output = values[-1]
+        if expected is not None and (reason := self.chain.irregularity(values, self.components.n_instances)):
+            self.chain = reason
+            return target(), None
         if expected is not None and expected.numel():
             if output.shape != expected.shape or not torch.allclose(output, expected, 1e-5, 1e-6, equal_nan=True):
                 self.chain = "run by itself it gives another output than what was traced of it"
@@ -312,8 +316,10 @@ class ComponentModel:
         """The chain's gated linear form; kept until a constant of the target changes."""
         assert not isinstance(self.chain, str)
         constants = [get() for step in self.chain.steps for get in (step.matrix, step.constant) if get is not None]
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*constants, *found.weights.values())]
+        constants += found.weights.values()
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in constants]
         if key != self._form_key:
             self._form, self._form_key = gated_linear_form(self.chain, found), key
+            self._form_of = constants  # kept, so that no other tensor comes to lie where one of them was
         assert self._form is not None
         return self._form
