@@ -17,10 +17,10 @@ P, EPS = 0.9, 1e-16
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one layer and its batch; `attribution_reduce` gets a second layer back from d_out to d_in.
+    """The sizes of one layer and its batch; the attributions get a second layer back from d_out.
 
     Attributes:
-        n_outputs: How many outputs of the target `attribution_reduce` sums over.
+        n_outputs: How many outputs of the target the attributions sum over.
         k: How many components each sample selects on average.
         tied: Whether the second layer is the first with the roles of A and B swapped.
     """
@@ -126,6 +126,26 @@ def attribution_inputs(case: Case, source: Source) -> tuple[Any, ...]:
         source.normal(case.n_instances, g_batch, case.n_outputs, case.d_in),
     ]
     return xs, gs, [A, second[0]], [B, second[1]]
+
+
+def tangent_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    """The two layers as a network with a nonlinearity between them, and the second layer's input once more by itself.
+
+    Barrier 0 is the nonlinearity, barrier 1 the output, which the first layer reaches around the nonlinearity, too.
+    """
+    first, second = source.factors(case, case.d_in, case.d_out), source.factors(case, case.d_out, case.n_outputs)
+    leading = (case.n_instances, case.n_components)
+    around = source.normal(*leading, case.rank, case.n_outputs, scale=max(1, case.rank) ** -0.5)
+    product = source.normal(*leading, case.d_out, case.n_outputs, scale=max(1, case.d_out) ** -0.5)
+    gated = [0, 1] if case.tied else [0]  # tied as toy models of superposition are, which end in a nonlinearity
+    widths = [case.d_out, case.n_outputs]
+    gates = [source.uniform(case.n_instances, case.batch, widths[j]) for j in gated]
+    instances = case.n_instances if case.tied else 1
+    link = source.normal(instances, case.d_out, case.n_outputs, scale=max(1, case.d_out) ** -0.5)
+    xs = [source.inputs(case, case.d_in), source.inputs(case, case.d_out)]
+    terms = [2, 0, 2, 1, 3, 1, 1, 1]
+    Fs = [first[1], around, second[1], product]
+    return xs, [first[0], second[0]], Fs, gates, [link], [0, 1], terms, gated, [0, 1], widths
 
 
 def batch_topk_inputs(case: Case, source: Source) -> tuple[Any, ...]:

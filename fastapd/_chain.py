@@ -7,6 +7,7 @@ normalisation, branches on data) is not a chain, and `trace` says what it met.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class Step(NamedTuple):
         name: For a person: the site, the module or the function.
         function: Its value from theirs; None for inputs and sites.
         matrix: Of a linear step, [d_in, d_out] with or without a leading n_instances.
-        constant: What a linear step or a shift adds, or None.
+        constant: What a site, a linear step or a shift adds, or None.
         is_relu: Whether the nonlinearity is max(x, 0), whose derivative shows in its value.
     """
 
@@ -90,6 +91,26 @@ class Chain(NamedTuple):
                 values.append(step.function(*sources))
         return values
 
+    def irregularity(self, values: list[Tensor], n_instances: int) -> str:
+        """Where a step is not the same map for every sample of an instance, or none of rows to rows; "" if nowhere.
+
+        Args:
+            values: Of all steps, on any batch.
+            n_instances: The leading axis that constants may have.
+        """
+        for step, value in zip(self.steps, values, strict=True):
+            if step.kind in ("add", "shift", "elementwise") and any(values[k].shape != value.shape for k in step.sources):
+                return f"{step.name} broadcasts a value"
+            for get, least in ((step.matrix, 2), (step.constant, 0)):
+                shape = None if get is None else get().shape
+                if shape is None:
+                    continue
+                leading = (1,) * (2 - len(shape[:-1])) + shape[:-1]
+                rows = 1 if least == 0 else leading[-1]
+                if not least <= len(shape) <= 3 or leading[0] not in (1, n_instances) or leading[-1] != rows:
+                    return f"{step.name} takes a constant of shape {list(shape)}"
+        return ""
+
 
 class _Tracer(fx.Tracer):
     """Stops at the modules that steps are made of."""
@@ -100,6 +121,13 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        # it would become an attribute of the target, and be the same for every batch
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            if not any(a is buffer for buffer in self.root.buffers()):
+                raise NotAChainError("it makes a tensor of its own")
+        return super().create_arg(a)
 
 
 def trace(
@@ -122,6 +150,8 @@ def trace(
         raise NotAChainError("the target itself is a single layer")
     try:
         graph = _Tracer(leaves).trace(target)
+    except NotAChainError:
+        raise
     except Exception as error:  # tracing runs the target's own code on proxies: anything may come out of it
         text = str(error).strip().splitlines()
         raise NotAChainError(f"it cannot be traced: {type(error).__name__}: {text[0] if text else ''}") from error
@@ -203,13 +233,17 @@ class _Reader:
         name = str(node.target)
         if source < 0 or node.kwargs or len(node.args) != 1:
             raise NotAChainError(f"{name} takes more than one value")
-        if id(module) in self.names:
-            self._add(node, Step("site", (source,), self.names[id(module)]))
-        elif type(module) in self.linears:
+        if id(module) in self.names or type(module) in self.linears:
             matrix, bias = self.linears[type(module)]
-            has_bias = bias(module) is not None
-            constant = (lambda: bias(module)) if has_bias else None
-            self._add(node, Step("linear", (source,), name, module, lambda: matrix(module), constant))
+            constant = (lambda: bias(module)) if bias(module) is not None else None
+            if id(module) in self.names:
+                if any(step.kind == "site" and step.name == self.names[id(module)] for step in self.steps):
+                    raise NotAChainError(f"{name} runs more than once")
+                self._add(node, Step("site", (source,), self.names[id(module)], constant=constant))
+                return
+            # without its hooks: if they change anything, the chain's output is seen to differ from the target's
+            run = functools.partial(type(module).forward, module)
+            self._add(node, Step("linear", (source,), name, run, lambda: matrix(module), constant))
         elif type(module) in ELEMENTWISE_MODULES:
             if getattr(module, "inplace", False):
                 raise NotAChainError(f"{name} works in place")

@@ -16,6 +16,7 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
     x, A, B = (torch.zeros(1, *s, device=device) for s in ((4, 3), (2, 3, 2), (2, 2, 5)))
     g, W, mask, counts = (torch.zeros(1, *s, device=device) for s in ((4, 5, 5), (3, 5), (4, 2), (2,)))
     u, grad_y = torch.zeros(1, 3, 2, device=device), torch.zeros(1, 4, 5, device=device)
+    tangents = [x], [A], [B], [grad_y], [torch.zeros(1, 5, 3, device=device)], [0], [1, 0], [0], [0, 1], [5, 3]
     selection = tuple(torch.zeros(1, n, dtype=torch.int32, device=device) for n in (3, 3, 3, 5, 3))
     return {
         "component_sum": (A, B),
@@ -26,6 +27,8 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "component_forward_selected_accumulate": (grad_y, x, A, B, u, *selection, True, A.mT.contiguous(), B),
         "attribution_reduce": ([x], [g], [A], [B]),
         "attribution_reduce_backward": (mask, [x], [g], [A], [B]),
+        "attribution_tangent": tangents,
+        "attribution_tangent_backward": (mask, *tangents),
         "batch_topk": (mask, 3),
         "batch_topk_warm": (mask, counts[:, 0], 3),
         "batch_topk_counts": (mask, counts[:, 0].long(), 3),

@@ -56,7 +56,9 @@ class Step(NamedTuple):
         return torch.nn.functional.pad(counts, (0, self.always_on), value=batch) if self.always_on else counts
 
 
-def select(attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None = None) -> Selection:
+def select(
+    attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None = None, hint: Tensor | None = None
+) -> Selection:
     """The selection that the method makes among ranked components.
 
     Args:
@@ -64,12 +66,13 @@ def select(attributions: Float[Tensor, "I b C"], method: APD, x: Tensor | None =
         method: `selection` "batch" takes int(topk * batch) pairs of the batch, "sample" takes topk of each sample,
             "exact" as many pairs of the batch as inputs are not zero.
         x: The inputs [n_instances, batch, ..]; only "exact" looks at them.
+        hint: As for `batch_topk`; only "batch" looks at it.
     """
     n_instances, batch, n_components = attributions.shape
     if method.selection == "sample":
         return sample_topk(attributions, int(method.topk or 0))
     if method.selection == "batch":
-        return batch_topk(attributions, int((method.topk or 0) * batch))
+        return batch_topk(attributions, int((method.topk or 0) * batch), hint)
     if x is None:
         raise ValueError("select: x must be given for the exact selection, got None")
     active = (x != 0).reshape(n_instances, -1).sum(-1)  # [I]
@@ -128,7 +131,7 @@ def evaluate(
     attributions = _attributions(model, method, x, target if of_target else None, full)
     always_on = int(method.distil_from_target)
     ranked = attributions[..., : attributions.shape[-1] - always_on]
-    selection = None if method.topk is None else select(ranked, method, x)
+    selection = None if method.topk is None else select(ranked, method, x, model.threshold(ranked))
     step = Step(x.new_zeros(()), {}, attributions, selection, always_on)
     terms = step.terms
     each = 1 / model.components.n_instances  # the total is a mean over instances

@@ -179,11 +179,13 @@ class ComponentModel:
                     f"[n_instances, d_in, d_out], got {components.extra_repr()}"
                 )
         self.target, self.sites, self.components = target, list(sites), components
+        self._threshold: Tensor | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._chain_checked = False
         self._plans: dict[Any, Plan] = {}
         self._form: Form | None = None
         self._form_key: list[tuple[int, int]] = []
+        self._form_of: list[Tensor] = []
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -198,6 +200,14 @@ class ComponentModel:
     def to_instances(self, output: Tensor) -> Float[Tensor, "I b o"]:
         """The target's output with one axis of samples for each instance, whatever axes it has."""
         return output.reshape(self.components.n_instances, -1, output.shape[-1])
+
+    def threshold(self, attributions: Float[Tensor, "I b C"]) -> Float[Tensor, " I"]:
+        """Where the last selection from attributions like these ended, a hint for the next; NaN at first."""
+        like = attributions.shape[:1], attributions.dtype, attributions.device
+        known = self._threshold
+        if known is None or (known.shape, known.dtype, known.device) != like:
+            known = self._threshold = attributions.new_full(attributions.shape[:1], math.nan)
+        return known
 
     def forward(
         self,
@@ -285,6 +295,9 @@ class ComponentModel:
         given = None if known is None else known.values
         values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows), given)
         output = values[-1]
+        if expected is not None and (reason := self.chain.irregularity(values, self.components.n_instances)):
+            self.chain = reason
+            return target(), None
         if expected is not None and expected.numel():
             if output.shape != expected.shape or not torch.allclose(output, expected, 1e-5, 1e-6, equal_nan=True):
                 self.chain = "run by itself it gives another output than what was traced of it"
@@ -329,8 +342,10 @@ class ComponentModel:
         """The chain's gated linear form; kept until a constant of the target changes."""
         assert not isinstance(self.chain, str)
         constants = [get() for step in self.chain.steps for get in (step.matrix, step.constant) if get is not None]
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*constants, *found.weights.values())]
+        constants += found.weights.values()
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in constants]
         if key != self._form_key:
             self._form, self._form_key = gated_linear_form(self.chain, found), key
+            self._form_of = constants  # kept, so that no other tensor comes to lie where one of them was
         assert self._form is not None
         return self._form

@@ -130,11 +130,12 @@ def gated_linear_form(chain: Chain, found: Values) -> Form:
                     heads[step.name] = own
                 elif number == last and matrix.shape[-1] > matrix.shape[-2]:
                     # lengths are all that is asked of the output, so a wide last matrix counts by its triangular factor
-                    matrix = torch.linalg.qr(matrix.mT, mode="r").R.mT
+                    wide = matrix.mT if matrix.dtype == torch.float64 else matrix.mT.float()
+                    matrix = torch.linalg.qr(wide, mode="r").R.mT.to(matrix.dtype)
                 own, tangent = _through(own, matrix), _through(tangent, matrix)
             if step.kind == "site":
                 tangent = {**tangent, step.name: None}
-            if step.constant is not None:
+            if step.constant is not None and number != last:
                 shift = _batched(step.constant().detach())
                 own = _merged(own, {ONES: shift.expand(shift.shape[0], 1, value.shape[-1])}, value)
         value_paths.append(own)

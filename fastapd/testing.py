@@ -4,7 +4,7 @@ The oracle is the reference in float64 on the same numbers. Its gradients come f
 from the formulas in `fastapd.ops`, so those are tested too; singular values come from the products, which neither
 backend forms. Arguments of an op are those of its public function; second forms of a public function
 (`schatten_factored` with a mask, `batch_topk` with a tensor or a hint) go by the names of their torch ops; the hint
-that comes back is then an output.
+that comes back is then an output. The network that `attribution_tangent` takes comes flat, as its torch op takes it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastapd._cases import P as P
 from fastapd.ops._batched_svd import schatten_accumulate
 from fastapd.ops._component_forward import component_forward_selected_accumulate
 from fastapd.reference import attribution_reduce as reference_attribution
+from fastapd.reference import attribution_tangent as reference_tangent
 from fastapd.reference import batch_topk as reference_topk
 from fastapd.reference import batched_svd as reference_svd
 from fastapd.reference import component_forward as reference_forward
@@ -78,6 +79,33 @@ def _reference_accumulated(
 def _topk_warm(scores: Tensor, hint: Tensor, K: int) -> tuple[Tensor, ...]:
     hint = hint.clone()
     return *ops.batch_topk(scores, K, hint), hint
+
+
+def _tangent(
+    xs: list[Tensor],
+    As: list[Tensor],
+    Fs: list[Tensor],
+    gates: list[Tensor],
+    links: list[Tensor],
+    lefts: list[int],
+    terms: list[int],
+    gated: list[int],
+    ends: list[int],
+    widths: list[int],
+) -> Tensor:
+    """The public function takes named parts of a network; here they come flat, as the torch op takes them."""
+    into: list[dict[int, Tensor]] = [{} for _ in (*xs, *As)]
+    for F, number, barrier in zip(Fs, terms[::2], terms[1::2], strict=True):
+        into[number][barrier] = F
+    rows = [*((x, None) for x in xs), *((xs[k], A) for k, A in zip(lefts, As, strict=True))]
+    idle = [k for k in range(len(xs)) if not into[k] and k in lefts]  # only there for its left factors
+    sources = [ops.TangentSource(*row, into[k]) for k, row in enumerate(rows) if k not in idle]
+    gate = dict(zip(gated, gates, strict=True))
+    onward: list[dict[int, Tensor]] = [{} for _ in widths]
+    for L, start, end in zip(links, ends[::2], ends[1::2], strict=True):
+        onward[start][end] = L
+    barriers = [ops.TangentBarrier(width, gate.get(j), onward[j]) for j, width in enumerate(widths)]
+    return ops.attribution_tangent(sources, barriers)
 
 
 def _reference_topk_counts(scores: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
@@ -155,6 +183,11 @@ def _terms_accumulated(grad_y: Tensor, *layer: Any) -> int:
     return _terms_forward(*layer) + grad_y.shape[-1]
 
 
+def _terms_tangent(xs: list[Tensor], As: list[Tensor], *rest: Any) -> int:
+    widths = rest[-1]
+    return xs[0].shape[-2] + sum(t.shape[-1] for t in (*xs, *As)) + 2 * sum(widths)
+
+
 def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> int:
     return sum(sum(t.shape[-2:]) for t in (*xs, *gs)) + sum(A.shape[-1] for A in As)
 
@@ -174,6 +207,8 @@ _OPS = {
     "attribution_reduce": _Op(
         ops.attribution_reduce, reference_attribution.attribution_reduce, _cases.attribution_inputs, (2, 3),
         _terms_attribution),
+    "attribution_tangent": _Op(
+        _tangent, reference_tangent.attribution_tangent, _cases.tangent_inputs, (1, 2), _terms_tangent),
     "batch_topk": _Op(
         ops.batch_topk, reference_topk.batch_topk, _cases.batch_topk_inputs, (), _terms_none),
     "batch_topk_warm": _Op(

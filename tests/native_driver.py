@@ -279,6 +279,116 @@ def attribution_jobs(
     yield Job(source.name("attribution_reduce_backward"), label, backward, backward_expected)
 
 
+class Network(NamedTuple):
+    """The arguments of `TangentArguments`, which only a loaded module can make."""
+
+    inputs: list
+    lefts: list
+    terms: list
+    barriers: list
+    links: list
+    sizes: tuple[int, int, int]
+
+
+class Wiring(NamedTuple):
+    """Widths of inputs and barriers; lefts (input, rank), terms (source, barrier), links (from, to) by number."""
+
+    inputs: tuple[int, ...]
+    lefts: tuple[tuple[int, int], ...]
+    terms: tuple[tuple[int, int], ...]
+    barriers: tuple[int, ...]
+    gated: tuple[int, ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
+
+
+def tangent_jobs(source: Source, I: int, b: int, C: int, wiring: Wiring, shared: bool = False) -> Iterator[Job]:
+    """`shared`: the instances have the links in common."""
+    widths = wiring.barriers
+    rows = [*wiring.inputs, *(rank for _, rank in wiring.lefts)]
+    xs = [source.normal(I, b, width) for width in wiring.inputs]
+    Ats = [source.normal(I, C, rank, wiring.inputs[k]) for k, rank in wiring.lefts]
+    Fs = [source.normal(I, C, rows[k], widths[j]) for k, j in wiring.terms]
+    gates = {j: source.normal(I, b, widths[j]) for j in wiring.gated}
+    links = [source.normal(1 if shared else I, widths[i], widths[j]) for i, j in wiring.links]
+    grad = source.normal(I, b, C)
+    network = Network(
+        [(address(x), x.shape[2]) for x in xs],
+        [(address(At), k, rank) for At, (k, rank) in zip(Ats, wiring.lefts, strict=True)],
+        [(address(F), k, j) for F, (k, j) in zip(Fs, wiring.terms, strict=True)],
+        [(address(gates[j]) if j in gates else 0, width) for j, width in enumerate(widths)],
+        [
+            (address(L), i, j, 0 if shared else L.shape[1] * L.shape[2])
+            for L, (i, j) in zip(links, wiring.links, strict=True)
+        ],
+        (I, b, C),
+    )
+    label = f"{I} {b} {C} {tuple(wiring)} {shared}"
+
+    def tangents(absolute: bool) -> tuple[list[Array], list[Array], list[Array], list[Array], list[Array]]:
+        """Rows of all sources, gated tangents of all barriers, and the F, gates and links that they came from."""
+        of = np.abs if absolute else np.asarray
+        full = [np.broadcast_to(of(L), (I, *L.shape[1:])) for L in links]
+        shut = [of(gates[j])[:, :, None] if j in gates else np.ones((I, b, 1, 1)) for j in range(len(widths))]
+        found = [np.broadcast_to(of(x)[:, :, None], (I, b, C, x.shape[2])).astype(np.float64) for x in xs]
+        found += [sums("ibd,icrd->ibcr", of(xs[k]), of(At)) for At, (k, _) in zip(Ats, wiring.lefts, strict=True)]
+        out: list[Array] = []
+        for j, width in enumerate(widths):
+            t = np.zeros((I, b, C, width))
+            for F, (k, to) in zip(Fs, wiring.terms, strict=True):
+                if to == j:
+                    t += sums("ibcr,icro->ibco", found[k], of(F))
+            for L, (start, to) in zip(full, wiring.links, strict=True):
+                if to == j:
+                    t += sums("ibcr,iro->ibco", out[start], L)
+            out.append(t * shut[j])
+        return found, out, [of(F) for F in Fs], shut, full
+
+    def forward(threads: int) -> tuple[tuple, list[Array]]:
+        out = poisoned(source.dtype, I, b, C)
+        return (network, address(out), threads), [out]
+
+    def forward_expected() -> list[tuple[Array, float]]:
+        return [sized(*(np.square(tangents(absolute)[1][-1]).sum(-1) for absolute in (False, True)))]
+
+    yield Job(source.name("attribution_tangent"), label, forward, forward_expected)
+
+    def backward(threads: int) -> tuple[tuple, list[Array]]:
+        to_A, to_F = ([poisoned(source.dtype, *t.shape) for t in part] for part in (Ats, Fs))
+        addresses = [address(t) for t in to_A], [address(t) for t in to_F]
+        return (network, address(grad), *addresses, threads), to_A + to_F
+
+    def backward_expected() -> list[tuple[Array, float]]:
+        parts = []
+        for absolute in (False, True):
+            found, t, F, shut, full = tangents(absolute)
+            flows = [np.zeros_like(a) for a in t]  # gradients by the tangents before their gates
+            flows[-1] = 2 * t[-1] * (abs(grad) if absolute else grad)[..., None] * shut[-1]
+            for j in reversed(range(len(widths) - 1)):
+                for L, (start, to) in zip(full, wiring.links, strict=True):
+                    if start == j:
+                        flows[j] += sums("ibco,iro->ibcr", flows[to], L)
+                flows[j] *= shut[j]
+            to_F = [sums("ibcr,ibco->icro", found[k], flows[j]) for k, j in wiring.terms]
+            to_A = []
+            for n, (k, rank) in enumerate(wiring.lefts):
+                du = np.zeros((I, b, C, rank))
+                for f, (number, j) in zip(F, wiring.terms, strict=True):
+                    if number == len(xs) + n:
+                        du += sums("ibco,icro->ibcr", flows[j], f)
+                to_A.append(sums("ibcr,ibd->icrd", du, abs(xs[k]) if absolute else xs[k]))
+            parts.append(to_A + to_F)
+        return [sized(*pair) for pair in zip(*parts, strict=True)]
+
+    yield Job(source.name("attribution_tangent_backward"), label, backward, backward_expected)
+
+
+CHAIN = Wiring(
+    (5, 7), ((0, 2), (1, 3)), ((2, 0), (2, 1), (2, 2), (3, 2), (1, 1)), (7, 17, 3), (0, 1), ((0, 1), (0, 2), (1, 2))
+)
+# barrier 0 gets nothing, barrier 1 leads nowhere, left 1 reaches nothing
+IDLE = Wiring((4, 3), ((0, 2), (1, 5)), ((2, 1), (2, 2)), (5, 6, 7), (0, 1, 2), ((0, 2),))
+
+
 # ---------------------------------------------------------------------------------------------- sums, singular values
 
 
@@ -450,6 +560,18 @@ def awkward_jobs(dtype: str) -> Iterator[Job]:
     yield from attribution_jobs(source, 2, 5, 0, 2, [(3, 2, 1)])
     yield from attribution_jobs(source, 0, 5, 2, 2, [(3, 2, 1)], "shared")
 
+    for b in (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65):
+        yield from tangent_jobs(source, 1 + b % 2, b, 3, IDLE if b % 3 == 2 else CHAIN, shared=b % 4 > 1)
+    for d_in, m, middle, d_out in ((1, 1, 1, 1), (3, 2, 5, 4), (6, 7, 7, 6), (17, 5, 16, 9), (131, 3, 33, 67)):
+        wiring = Wiring((d_in,), ((0, m),), ((1, 0), (0, 1), (1, 1)), (middle, d_out), (0,), ((0, 1),))
+        yield from tangent_jobs(source, 2, 19, 3, wiring)
+    for d_in, m, middle, d_out in ((0, 3, 2, 2), (3, 0, 2, 2), (3, 2, 0, 2), (3, 2, 2, 0), (0, 0, 0, 0)):
+        wiring = Wiring((d_in,), ((0, m),), ((1, 0), (0, 0), (1, 1)), (middle, d_out), (0, 1), ((0, 1),))
+        yield from tangent_jobs(source, 2, 9, 2, wiring)
+    yield from tangent_jobs(source, 2, 5, 0, CHAIN)
+    yield from tangent_jobs(source, 0, 5, 2, CHAIN, shared=True)
+    yield from tangent_jobs(source, 1, 5, 2, Wiring((4,), (), ((0, 0),), (3,)))
+
     for C, m, d_in, d_out, b in (
         (1, 1, 1, 1, 1), (3, 2, 3, 5, 4), (5, 3, 8, 7, 3), (2, 4, 15, 17, 2), (2, 7, 3, 2, 5), (3, 5, 1, 9, 3),
         (2, 16, 33, 31, 2), (0, 3, 4, 5, 2), (2, 0, 4, 5, 2), (2, 3, 0, 5, 2), (2, 3, 4, 0, 2), (3, 2, 4, 5, 0),
@@ -469,6 +591,8 @@ def parallel_jobs(dtype: str) -> Iterator[Job]:
     yield batch_topk(source, 3, 300, 300, "ties", k=37)
     yield from forward_jobs(source, 2, 300, 100, 5, 67, 45, 0.03, padding=3)
     yield from attribution_jobs(source, 3, 100, 30, 5, [(67, 45, 3), (45, 67, 3)])
+    wiring = Wiring((67,), ((0, 3), (0, 2)), ((1, 0), (2, 1), (0, 1)), (45, 20), (0,), ((0, 1),))
+    yield from tangent_jobs(source, 3, 300, 30, wiring, shared=True)
     yield from svd_jobs(source, 2, 100, 5, 129, 67, 20)
 
 
@@ -484,8 +608,13 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def call(module: Any, job: Job, threads: int) -> list[Array]:
+def prepared(module: Any, job: Job, threads: int) -> tuple[list, list[Array]]:
     args, outputs = job.prepare(threads)
+    return [module.TangentArguments(*a) if isinstance(a, Network) else a for a in args], outputs
+
+
+def call(module: Any, job: Job, threads: int) -> list[Array]:
+    args, outputs = prepared(module, job, threads)
     getattr(module, job.function)(*args)
     return outputs
 
@@ -534,14 +663,22 @@ def check(module: Any, only: str = "") -> None:
 def no_memory(module: Any) -> None:
     """A workspace that cannot be had is a MemoryError, also when several threads ask for it."""
     one = np.ones((70, 1, 1))
-    layer = [[*[address(one)] * 4, 1, 1, 1, 0, 0, 0]]  # the strides let one number stand for 2**55
+    at = address(one)
+    layer = [[*[at] * 4, 1, 1, 1, 0, 0, 0]]  # the strides let one number stand for 2**55
+    network = module.TangentArguments([(at, 2**50)], [], [(at, 0, 0)], [(0, 1)], [], (1, 70, 1))
+    calls = {
+        "attribution_reduce_float64": (layer, at, 1, 70, 1, 2**55, 2),
+        "attribution_tangent_float64": (network, at, 2),
+        "attribution_tangent_backward_float64": (network, at, [], [at], 2),
+    }
     for level in module.cpu_levels():
         module.set_cpu_level(level)
-        try:
-            module.attribution_reduce_float64(layer, address(one), 1, 70, 1, 2**55, 2)
-        except MemoryError:
-            continue
-        raise AssertionError(f"attribution_reduce_float64, {level}: no MemoryError")
+        for function, args in calls.items():
+            try:
+                getattr(module, function)(*args)
+            except MemoryError:
+                continue
+            raise AssertionError(f"{function}, {level}: no MemoryError")
 
 
 def parallel(module: Any, threads: str) -> None:
@@ -592,7 +729,7 @@ def gil(module: Any) -> None:
     thread.start()
     try:
         for job in jobs:
-            args, _outputs = job.prepare(1)
+            args, _outputs = prepared(module, job, 1)
             function, before = getattr(module, job.function), ticks[0]
             for _ in range(3000):  # the other thread may be slow to wake up; the calls take a second or more in all
                 function(*args)

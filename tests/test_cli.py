@@ -74,7 +74,7 @@ def test_cli_help_exits_0(flag, capsys):
     assert _main([flag]) == 0
     out = capsys.readouterr().out
     assert out == cli.HELP
-    for command in ("demo", "run", "info"):
+    for command in ("demo", "run", "plan", "info"):
         assert f"  fastapd {command} " in out
 
 
@@ -87,7 +87,7 @@ def test_cli_unknown_command_exits_2(capsys):
     assert _main(["frobnicate"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("fastapd: command must be one of demo, run, info, got 'frobnicate'\n")
+    assert printed.err.startswith("fastapd: command must be one of demo, run, plan, info, got 'frobnicate'\n")
     assert cli.HELP in printed.err
 
 

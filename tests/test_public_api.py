@@ -28,7 +28,10 @@ NAMES = [
 ]
 OPS = [
     "Selection",
+    "TangentBarrier",
+    "TangentSource",
     "attribution_reduce",
+    "attribution_tangent",
     "batch_topk",
     "component_forward",
     "component_forward_selected",

@@ -209,27 +209,48 @@ def _flat(sources: Sequence[TangentSource], barriers: Sequence[TangentBarrier]) 
     return xs, As, Fs, gates, links, lefts, terms, gated, ends, [barrier.width for barrier in barriers]
 
 
+def _is_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a torch.Tensor, got {type(t).__name__}")
+
+
 def _check_program(sources: Sequence[TangentSource], barriers: Sequence[TangentBarrier]) -> bool:
     """Returns whether the tensors have the instance axis."""
     if len(sources) == 0 or len(barriers) == 0:
         raise ValueError(f"{_OP}: sources and barriers must not be empty, got {len(sources)} and {len(barriers)}")
     if not any(source.into for source in sources):
         raise ValueError(f"{_OP}: sources must reach a barrier, got none that does")
-    if not isinstance(sources[0].x, Tensor):
-        raise TypeError(f"{_OP}: sources[0].x must be a torch.Tensor, got {type(sources[0].x).__name__}")
+    x = sources[0].x
+    _is_tensor("sources[0].x", x)
+    instances = _check.rank(_OP, "sources[0].x", x, "batch, width")
+
+    def axes(name: str, t: Tensor, trailing: str, leading: str = "n_instances") -> None:
+        _is_tensor(name, t)
+        wanted = f"{leading}, {trailing}" if instances else trailing
+        if t.dim() != wanted.count(",") + 1:
+            like = f"like sources[0].x {_check.shape(x)}"
+            raise ValueError(f"{_OP}: {name} must have shape [{wanted}] {like}, got {_check.shape(t)}")
+
     for k, source in enumerate(sources):
+        axes(f"sources[{k}].x", source.x, "batch, width")
+        if source.A is not None:
+            axes(f"sources[{k}].A", source.A, "n_components, width, rank")
+        for j, F in source.into.items():
+            axes(f"sources[{k}].into[{j}]", F, "n_components, rows, width")
         for j in source.into:
             if not 0 <= j < len(barriers):
                 raise ValueError(f"{_OP}: sources[{k}] must reach barriers below {len(barriers)}, got {j}")
         _check.no_gradient(_OP, f"sources[{k}].x", source.x, "as it belongs to the target")
     for i, barrier in enumerate(barriers):
         for j, L in barrier.onward.items():
+            axes(f"barriers[{i}].onward[{j}]", L, "rows, width", "n_instances or 1")
             if not i < j < len(barriers):
                 raise ValueError(f"{_OP}: barriers[{i}] must lead to later ones below {len(barriers)}, got {j}")
             _check.no_gradient(_OP, f"barriers[{i}].onward[{j}]", L, "as it belongs to the target")
         if barrier.gate is not None:
+            axes(f"barriers[{i}].gate", barrier.gate, "batch, width")
             _check.no_gradient(_OP, f"barriers[{i}].gate", barrier.gate, "as it belongs to the target")
-    return sources[0].x.dim() == 3
+    return instances
 
 
 def attribution_tangent(

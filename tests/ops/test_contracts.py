@@ -187,6 +187,8 @@ def test_contract_more_elements_than_an_int32_counts(op, backend, axis, far_apar
     args = testing.inputs(op, case)
     if axis == 1 and op == "component_sum_loss":  # its target has neither samples nor components
         far = (*(far_apart(t, 1) for t in args[:2]), args[2])
+    elif axis == 1 and op == "attribution_tangent":  # its link has neither
+        far = (*testing.map_tensors(lambda t: far_apart(t, 1), args[:4]), *args[4:])
     else:
         far = testing.map_tensors(lambda t: far_apart(t, axis), args)
     floats = [t for t in testing.tensors_of(far) if t.is_floating_point()]
@@ -244,6 +246,10 @@ def twice(op: str) -> tuple[Any, list[Tensor]]:
         "component_forward": lambda t: ops.component_forward(t[:, 0], t, t, t[:, 0]),
         "component_forward_selected": lambda t: ops.component_forward_selected(t[:, 0], t, t, selection),
         "attribution_reduce": lambda t: ops.attribution_reduce([x, x], [t.detach()] * 2, [t, t], [t, t]),
+        "attribution_tangent": lambda t: ops.attribution_tangent(
+            [ops.TangentSource(x, t, {0: t, 1: t}), ops.TangentSource(x, None, {1: t})],
+            [ops.TangentBarrier(4, x, {1: x}), ops.TangentBarrier(4, x, {})],
+        ),
         "component_svdvals": lambda t: ops.component_svdvals(t, t),
         "schatten": lambda t: ops.schatten(t, t, counts, 0.9, 1e-8),
         "schatten_factored": lambda t: ops.schatten_factored(t, t, counts, 0.9, 1e-8),
@@ -256,6 +262,10 @@ def twice(op: str) -> tuple[Any, list[Tensor]]:
         "component_forward_selected": lambda a, b, c, d: ops.component_forward_selected(c[:, 0], a, b, selection),
         "attribution_reduce": lambda a, b, c, d: ops.attribution_reduce(
             [x, x.clone()], [t.clone(), t.clone()], [a, c], [b, d]
+        ),
+        "attribution_tangent": lambda a, b, c, d: ops.attribution_tangent(
+            [ops.TangentSource(x.clone(), a, {0: b, 1: c}), ops.TangentSource(x.clone(), None, {1: d})],
+            [ops.TangentBarrier(4, x.clone(), {1: x.clone()}), ops.TangentBarrier(4, x.clone(), {})],
         ),
         "component_svdvals": lambda a, b, c, d: ops.component_svdvals(a, b),
         "schatten": lambda a, b, c, d: ops.schatten(a, b, counts, 0.9, 1e-8),

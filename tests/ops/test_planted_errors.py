@@ -95,6 +95,32 @@ def gradients_of_shared_outputs_from_the_first_sample_only(right, grad, xs, gs, 
     return right(grad, xs, [g[:, :1] for g in gs], As, Bs)
 
 
+def without_links(right, xs, As, Fs, gates, links, *wiring):
+    return right(xs, As, Fs, gates, [torch.zeros_like(L) for L in links], *wiring)
+
+
+def without_gates(right, xs, As, Fs, gates, *rest):
+    return right(xs, As, Fs, [torch.ones_like(g) for g in gates], *rest)
+
+
+def squared_term_by_term(right, xs, As, Fs, gates, links, lefts, terms, *wiring):
+    pairs = zip(terms[::2], terms[1::2], strict=True)
+    return sum(right(xs, As, [F], gates, links, lefts, list(p), *wiring) for F, p in zip(Fs, pairs, strict=True))
+
+
+def gradient_through_open_gates(right, grad, xs, As, Fs, gates, *rest):
+    return right(grad, xs, As, Fs, [torch.ones_like(g) for g in gates], *rest)
+
+
+def gradient_without_links(right, grad, *args):
+    return without_links(lambda *args: right(grad, *args), *args)
+
+
+def gradient_of_the_factors_swapped(right, grad, *args):
+    *grads, around, second = right(grad, *args)
+    return [*grads, second, around]
+
+
 def ties_to_the_highest_index(right, scores, *limits):
     mask = ops.Selection(*right(scores.flip(1, 2), *limits)).mask.flip(1, 2)
     return right(mask.to(scores.dtype), *limits)
@@ -189,6 +215,13 @@ PLANTED = {
         gradient_of_layers_apart,
         gradient_without_the_last_sample,
         gradients_of_shared_outputs_from_the_first_sample_only,
+    ],
+    "attribution_tangent": [without_links, without_gates, squared_term_by_term],
+    "attribution_tangent_backward": [
+        gradient_without_the_last_sample,
+        gradient_through_open_gates,
+        gradient_without_links,
+        gradient_of_the_factors_swapped,
     ],
     "batch_topk": [ties_to_the_highest_index, position_of_the_other_order],
     "batch_topk_warm": [everything_above_the_hint, threshold_that_is_the_hint],
