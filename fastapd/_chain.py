@@ -67,9 +67,7 @@ class Chain(NamedTuple):
     before_sites: frozenset[int]
     """The numbers of the values that no site has a part in."""
 
-    def run(
-        self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None
-    ) -> list[Tensor]:
+    def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None) -> list[Tensor]:
         """The values of all steps.
 
         Args:
@@ -99,7 +97,9 @@ class Chain(NamedTuple):
             n_instances: The leading axis that constants may have.
         """
         for step, value in zip(self.steps, values, strict=True):
-            if step.kind in ("add", "shift", "elementwise") and any(values[k].shape != value.shape for k in step.sources):
+            if step.kind in ("add", "shift", "elementwise") and any(
+                values[k].shape != value.shape for k in step.sources
+            ):
                 return f"{step.name} broadcasts a value"
             for get, least in ((step.matrix, 2), (step.constant, 0)):
                 shape = None if get is None else get().shape

@@ -301,7 +301,9 @@ def test_planning_of_random_chains():
 
 
 def test_planning_takes_reverse_for_few_outputs_of_a_wide_mlp():
-    model = _model(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)), ["*[02]"])
+    model = _model(
+        nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)), ["*[02]"]
+    )
     x = torch.randn(20, 30, dtype=torch.float64)
     plan = model.plan(x)
     assert plan.form == "reverse" and plan.sites == ()
@@ -390,7 +392,14 @@ def test_planning_sees_parameters_that_change_in_place():
     target = _Frozen()
     model = _model(target, ["first", "second"])
     x = torch.randn(9, 6, dtype=torch.float64)
-    for parameter in (None, target.embed.weight, target.embed.bias, target.first.weight, target.between.weight, target.W):
+    for parameter in (
+        None,
+        target.embed.weight,
+        target.embed.bias,
+        target.first.weight,
+        target.between.weight,
+        target.W,
+    ):
         if parameter is not None:
             with torch.no_grad():
                 parameter.mul_(2)

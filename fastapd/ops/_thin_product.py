@@ -10,23 +10,44 @@ from torch import Tensor
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import call
+from fastapd.ops._op import constant, define
 
 _OP = "thin_product"
 
 
 def cpu_limits(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> list[str]:
     k, n = B.shape[-2:]
-    return [] if n <= k else [f"the CPU kernel is best where B has no more columns than rows, not {k} rows and {n} columns"]
+    return (
+        []
+        if n <= k
+        else [f"the CPU kernel is best where B has no more columns than rows, not {k} rows and {n} columns"]
+    )
 
 
-def cpu_thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> Tensor:
+def cpu_thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
     """Lets `csrc/cpu/thin_product.cpp` fill or add to `out`."""
     native: Any = _native.load("_C").module
     run = native.thin_product_float32 if A.dtype == torch.float32 else native.thin_product_float64
     sizes = [A.shape[0], A.shape[1], B.shape[2], B.shape[1], *A.stride(), *B.stride()]
     run(A.data_ptr(), B.data_ptr(), out.data_ptr(), alpha, accumulate, sizes, torch.get_num_threads())
-    return out
+
+
+def _check_product(A: Tensor, B: Tensor, out: Tensor) -> None:
+    fits = A.dim() == B.dim() == 3 and A.shape[0] == B.shape[0] and A.shape[2] == B.shape[1]
+    if not fits or out.shape != (A.shape[0], A.shape[1], B.shape[2]) or not out.is_contiguous():
+        raise ValueError(
+            f"{_OP}: A [I, m, k], B [I, k, n] and a contiguous out [I, m, n] must fit, "
+            f"got {_check.shape(A)}, {_check.shape(B)} and {_check.shape(out)} with strides {list(out.stride())}"
+        )
+    if not A.dtype == B.dtype == out.dtype:
+        raise TypeError(f"{_OP}: A, B and out must have one dtype, got {A.dtype}, {B.dtype} and {out.dtype}")
+
+
+def _fake(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
+    _check_product(A, B, out)
+
+
+_thin_product = define(_OP, "(Tensor A, Tensor B, Tensor(a!) out, float alpha, bool accumulate) -> ()", _fake)
 
 
 def thin_product(
@@ -48,15 +69,9 @@ def thin_product(
         ValueError: If shapes do not match or out is not contiguous.
         TypeError: If dtypes differ.
     """
-    shape = (A.shape[0], A.shape[1], B.shape[-1])
     if out is None:
-        accumulate, out = False, A.new_empty(shape)
-    if A.dim() != 3 or B.shape != (shape[0], A.shape[2], shape[2]) or out.shape != shape or not out.is_contiguous():
-        raise ValueError(
-            f"{_OP}: A [I, m, k], B [I, k, n] and a contiguous out [I, m, n] must fit, "
-            f"got {_check.shape(A)}, {_check.shape(B)} and {_check.shape(out)}"
-        )
-    if not A.dtype == B.dtype == out.dtype:
-        raise TypeError(f"{_OP}: A, B and out must have one dtype, got {A.dtype}, {B.dtype} and {out.dtype}")
+        accumulate, out = False, A.new_empty(A.shape[0], A.shape[1], B.shape[-1])
+    _check_product(A, B, out)
     with torch.no_grad():
-        return call(_OP, A, B, out, alpha, accumulate)
+        constant(_thin_product, A.detach(), B.detach(), out.detach(), alpha, accumulate)
+    return out

@@ -9,53 +9,68 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import _native
-from fastapd.ops._op import call
+from fastapd.ops import _check
+from fastapd.ops._op import constant, define
 
 
-def cpu_unit_norm(rows: Tensor) -> Tensor:
+def cpu_unit_norm(rows: Tensor) -> None:
     native: Any = _native.load("_C").module
     run = native.unit_norm_float32 if rows.dtype == torch.float32 else native.unit_norm_float64
     d = rows.shape[-1]
     run(rows.data_ptr(), rows.numel() // max(d, 1), d, torch.get_num_threads())
-    return rows
 
 
-def cpu_remove_along(grad: Tensor, rows: Tensor) -> Tensor:
+def cpu_remove_along(grad: Tensor, rows: Tensor) -> None:
     native: Any = _native.load("_C").module
     run = native.remove_along_float32 if rows.dtype == torch.float32 else native.remove_along_float64
     d = rows.shape[-1]
     run(grad.data_ptr(), rows.data_ptr(), rows.numel() // max(d, 1), d, torch.get_num_threads())
-    return grad
 
 
-def _check_contiguous(op: str, **arguments: Tensor) -> None:
+def _check_rows(op: str, **arguments: Tensor) -> None:
+    _check.tensors(op, **arguments)
+    shapes = [t.shape for t in arguments.values()]
+    if len(set(shapes)) > 1 or not shapes[0]:
+        got = " and ".join(_check.shape(t) for t in arguments.values())
+        raise ValueError(f"{op}: {' and '.join(arguments)} must have one shape [.., d], got {got}")
     for name, t in arguments.items():
         if not t.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(t.stride())}")
 
 
+def _norm_fake(rows: Tensor) -> None:
+    _check_rows("unit_norm", rows=rows)
+
+
+def _along_fake(grad: Tensor, rows: Tensor) -> None:
+    _check_rows("remove_along", grad=grad, rows=rows)
+
+
+_unit_norm = define("unit_norm", "(Tensor(a!) rows) -> ()", _norm_fake)
+_remove_along = define("remove_along", "(Tensor(a!) grad, Tensor rows) -> ()", _along_fake)
+
+
 def unit_norm(rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """Divides every row by its length, in place; a row of zeros stays.
+    """Divides every row by its length, in place, outside autograd; a row of zeros stays.
 
     Raises:
         ValueError: If rows are not contiguous.
+        TypeError: If the dtype is not floating.
     """
-    _check_contiguous("unit_norm", rows=rows)
+    _check_rows("unit_norm", rows=rows)
     with torch.no_grad():
-        return call("unit_norm", rows)
+        constant(_unit_norm, rows.detach())
+    return rows
 
 
 def remove_along(grad: Float[Tensor, "... d"], rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """grad -= (grad . row) row for every row, in place; rows have unit length.
+    """grad -= (grad . row) row for every row, in place, outside autograd; rows have unit length.
 
     Raises:
-        ValueError: If shapes or dtypes differ or a tensor is not contiguous.
+        ValueError: If shapes differ or a tensor is not contiguous.
+        TypeError: If dtypes differ or are not floating.
     """
-    _check_contiguous("remove_along", grad=grad, rows=rows)
-    if grad.shape != rows.shape or grad.dtype != rows.dtype:
-        raise ValueError(
-            f"remove_along: grad and rows must be alike, got {list(grad.shape)} {grad.dtype} and {list(rows.shape)} "
-            f"{rows.dtype}"
-        )
+    _check_rows("remove_along", grad=grad, rows=rows)
     with torch.no_grad():
-        return call("remove_along", grad, rows)
+        constant(_remove_along, grad.detach(), rows.detach())
+    return grad

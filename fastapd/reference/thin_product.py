@@ -6,5 +6,5 @@ import torch
 from torch import Tensor
 
 
-def thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> Tensor:
-    return torch.baddbmm(out, A, B, beta=1 if accumulate else 0, alpha=alpha, out=out)
+def thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
+    torch.baddbmm(out, A, B, beta=1 if accumulate else 0, alpha=alpha, out=out)

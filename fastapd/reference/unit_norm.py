@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def unit_norm(rows: Tensor) -> Tensor:
+def unit_norm(rows: Tensor) -> None:
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+    rows.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
 
 
-def remove_along(grad: Tensor, rows: Tensor) -> Tensor:
-    return grad.sub_((grad * rows).sum(-1, keepdim=True) * rows)
+def remove_along(grad: Tensor, rows: Tensor) -> None:
+    grad.sub_((grad * rows).sum(-1, keepdim=True) * rows)
