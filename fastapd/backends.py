@@ -114,7 +114,6 @@ TABLE: dict[str, dict[str, str]] = {
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
     ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
-    ("thin_product", "cpu"): "fastapd.ops._thin_product:cpu_limits",
 }
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 

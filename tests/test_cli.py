@@ -91,7 +91,8 @@ def test_cli_unknown_command_exits_2(capsys):
     assert cli.HELP in printed.err
 
 
-@pytest.mark.parametrize("args", [["demo", "--help"], ["run", "--help"], ["run", "tms_5-2", "--help"], ["info", "-h"]])
+@pytest.mark.parametrize("args", [["demo", "--help"], ["run", "--help"], ["run", "tms_5-2", "--help"], ["info", "-h"],
+                                  ["plan", "--help"], ["plan", "tms_5-2", "--help"]])  # fmt: skip
 def test_cli_every_command_has_help(args, capsys):
     assert _main(args) == 0
     printed = capsys.readouterr()
@@ -99,7 +100,8 @@ def test_cli_every_command_has_help(args, capsys):
 
 
 @pytest.mark.parametrize(
-    "args", [["demo", "--nope"], ["demo", "--steps", "many"], ["run", "tms_5-2", "--nope", "1"], ["info", "now"]]
+    "args", [["demo", "--nope"], ["demo", "--steps", "many"], ["run", "tms_5-2", "--nope", "1"], ["info", "now"],
+             ["plan", "tms_5-2", "--nope", "1"], ["plan", "tms_5-2", "--batch", "many"]],  # fmt: skip
 )
 def test_cli_wrong_options_exit_2(args, capsys):
     assert _main(args) == 2
@@ -129,6 +131,77 @@ def test_cli_info_says_what_is_forced(capsys):
         assert _main(["info"]) == 0
     out = capsys.readouterr().out
     assert "forced to reference" in out and "attribution_reduce                     reference" in out
+
+
+# ---- plan
+
+
+def _rows(out: str, first: str) -> dict[str, list[str]]:
+    """The rows of the table whose head starts with a word, by their first column."""
+    table = out.split(f"\n{first} ")[1].split("\n\n")[0].splitlines()[2:]
+    return {row.split()[0]: row.split()[1:] for row in table}
+
+
+def test_cli_plan_says_form_costs_and_sites(capsys):
+    assert _main(["plan", "tms_5-2", "--n-instances", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "target         TMS: linear1 [5, 2], linear2 [2, 5]\n" in out
+    assert "sizes          2 instances, batch 2048, C 5, rank 3\n" in out
+    assert "attributions   tangent form. A chain of linear maps and nonlinearities" in out
+    assert "op             attribution_tangent (`fastapd info` explains)\n" in out
+    costs = _rows(out, "form")
+    assert list(costs) == ["tangent", "reverse"] and costs["tangent"][-1] == "chosen" and len(costs["reverse"]) == 2
+    # one product of 5 x 5 for each sample and component, 3 * 5 * (5 * 5 + 2 * 5) once for every instance and component,
+    # and folding W once more; reverse: 5 outputs through two layers of 10 entries, then 2 * 3 * 7 + 5 * 7 a component
+    folding, products = 2 * 5 * 3 * 2 * 5 * 2, 2 * 2 * 5 * 3 * 25
+    assert float(costs["tangent"][0]) == pytest.approx(2 * (2 * 2048 * 5 * 25 + products + folding) / 1e9, rel=5e-3)
+    assert float(costs["reverse"][0]) == pytest.approx(2 * 2 * 2048 * (5 * 20 + 5 * (42 + 35)) / 1e9, rel=5e-3)
+    assert float(costs["reverse"][1]) == pytest.approx(2 * 2048 * 5 * 7 * 4 / 1e6, rel=5e-3)
+    sites = _rows(out, "site")
+    assert list(sites) == ["linear1", "linear2"]
+    assert " ".join(sites["linear1"]) == "the input [5] A B, one product the output [5], folded into B"
+    assert " ".join(sites["linear2"]) == "the input [5], folded into A A B, one product the output [5]"
+    assert out.endswith("\nbetween        no nonlinearity before the output\n")
+
+
+def test_cli_plan_of_a_file(tmp_path, capsys):
+    target = {"family": "residual_mlp", "n_features": 30, "d_embed": 20, "d_mlp": 10, "n_layers": 2}
+    path = _file(tmp_path / "mine.yaml")
+    values = yaml.safe_load(path.read_text())
+    values["target"] = target | {k: values["target"][k] for k in ("feature_probability", "steps", "batch", "lr")}
+    path.write_text(yaml.safe_dump(values | {"experiment": "mine", "n_instances": 1, "n_components": 20, "rank": 4}))
+    assert _main(["plan", str(path), "--batch", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "target         ResidualMLP: layers.0.mlp_in [20, 10], layers.0.mlp_out [10, 20]," in out
+    assert "sizes          1 instances, batch 256, C 20, rank 4\n" in out
+    assert _rows(out, "form")["tangent"][-1] == "chosen"
+    sites = _rows(out, "site")
+    assert list(sites) == [f"layers.{k}.mlp_{end}" for k in (0, 1) for end in ("in", "out")]
+    last = "relu after layers.1.mlp_in [10] A, then B the output [20], folded into B"
+    assert " ".join(sites["layers.1.mlp_out"]) == last
+    assert "\nbetween        relu after layers.0.mlp_in [10] to relu after layers.1.mlp_in [10]; " in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cli_plan_says_what_is_forced(capsys):
+    with backends.use_backend("reference"):
+        assert _main(["plan", "tms_5-2"]) == 0
+    assert "op             attribution_tangent, forced to reference (`fastapd info`" in capsys.readouterr().out
+
+
+def test_cli_plan_without_a_name_lists_the_experiments(capsys):
+    assert _main(["plan"]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("usage: fastapd plan NAME|FILE") and "tms_5-2" in out and "tms_40-10" in out
+
+
+def test_cli_plan_of_a_wrong_name_or_value_exits_2(capsys):
+    err = _refusal(["plan", "nope"], capsys)
+    assert err == "fastapd: config: experiment must be one of tms_5-2, tms_40-10, got 'nope'\n"
+    assert "did you mean tms_5-2?" in _refusal(["plan", "tms5-2"], capsys)
+    assert "nowhere.yaml" in _refusal(["plan", "nowhere.yaml"], capsys)
+    assert _main(["plan", "tms_5-2", "--batch", "0"]) == 2
+    assert "batch must be >= 1, got 0" in capsys.readouterr().err
 
 
 # ---- demo and run

@@ -429,12 +429,34 @@ def test_planning_of_the_component_model_follows_its_components():
     model = _model(target, LAYERS)
     x = torch.randn(1, 9, 7, dtype=torch.float64)
     assert model.plan(x).form == "tangent"
-    for _ in range(20):
+
+    def draw(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.components.parameters():
-                parameter.normal_()
-        a = gradient_attributions(model, model.record_target(x, of_components=True))
+                parameter.normal_(generator=generator)
+
+    found = []
+    for seed in range(20):
+        draw(seed)
+        found.append(gradient_attributions(model, model.record_target(x, of_components=True)).detach())
+    for seed, a in enumerate(found):
+        draw(seed)
         torch.testing.assert_close(a, _reverse(model, x, of_components=True), **CLOSE)
+
+
+def test_planning_keeps_what_a_form_was_made_from():
+    """A form is known by where its matrices lie: as long as it is kept, nothing else may lie there."""
+    model = _model(ResidualMLP(1, 7, 4, 5, 2), LAYERS)
+    found = model.record_target(torch.randn(1, 9, 7, dtype=torch.float64), of_components=True).found
+    assert found is not None
+    form = model.form(found)
+    assert model.form(found) is form
+    places = {W.data_ptr() for W in found.weights.values()}
+    shapes = [W.shape for W in found.weights.values()]
+    del found
+    others = [torch.empty(shape, dtype=torch.float64) for shape in shapes * 50]
+    assert places.isdisjoint(t.data_ptr() for t in others)
 
 
 def test_planning_of_computed_constants_follows_their_parameters():

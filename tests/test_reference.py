@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from fastapd import backends, ops, testing
-from fastapd.reference import attribution_reduce, batch_topk, batched_svd, component_forward, component_sum
+from fastapd.reference import (
+    attribution_reduce,
+    attribution_tangent,
+    batch_topk,
+    batched_svd,
+    component_forward,
+    component_sum,
+)
 
 I, b, C, m, d_in, d_out = 2, 4, 3, 2, 5, 3
 CHUNKED = pytest.mark.parametrize("chunk_elements", [1, 40, 1 << 23])
@@ -148,6 +155,44 @@ def test_attribution_reduce_reference_is_its_formula(rng, chunk_elements, shared
     found = attribution_reduce.attribution_reduce_backward(tensor(grad), *inputs)
     grad_Ats = [g.swapaxes(-1, -2) for g in grad_As]
     for got, wanted in zip(found, (*grad_Ats, *grad_Bs), strict=True):
+        assert got.is_contiguous()
+        assert_equal(got, wanted)
+
+
+@CHUNKED
+@pytest.mark.parametrize("shared", [False, True])
+def test_attribution_tangent_reference_is_its_formula(rng, chunk_elements, shared, monkeypatch):
+    """Three barriers, the first two gated; one source with left factors, and one that is an input."""
+    monkeypatch.setattr(attribution_tangent, "CHUNK_ELEMENTS", chunk_elements)
+    widths, terms, pairs = (3, 2, 4), ((2, 0), (2, 2), (1, 1), (1, 2)), ((0, 1), (0, 2), (1, 2))
+    xs, A = [rng.normal(size=(I, b, width)) for width in (5, 3)], rng.normal(size=(I, C, 5, m))
+    rows = (5, 3, m)  # of the sources: both inputs, and x_0 A
+    Fs = [rng.normal(size=(I, C, rows[source], widths[j])) for source, j in terms]
+    gates = [rng.normal(size=(I, b, widths[j])) for j in (0, 1)]
+    links = [rng.normal(size=(1 if shared else I, widths[i], widths[j])) for i, j in pairs]
+    grad = rng.normal(size=(I, b, C))
+    a = np.zeros((I, b, C))
+    grad_A, grad_Fs = np.zeros_like(A), [np.zeros_like(F) for F in Fs]
+    for n, s, c in indices(I, b, C):
+        g = [np.diag(gate[n, s]) for gate in gates]
+        L = {pair: link[0 if shared else n] for pair, link in zip(pairs, links, strict=True)}
+        # the paths from each barrier to the output, multiplied out
+        to_last = [g[0] @ (L[0, 2] + L[0, 1] @ g[1] @ L[1, 2]), g[1] @ L[1, 2], np.eye(4)]
+        sources = [xs[0][n, s], xs[1][n, s], xs[0][n, s] @ A[n, c]]
+        reached = list(zip(Fs, terms, strict=True))
+        t = sum(sources[source] @ F[n, c] @ to_last[j] for F, (source, j) in reached)
+        a[n, s, c] = t @ t
+        for F, grad_F, (source, j) in zip(Fs, grad_Fs, terms, strict=True):
+            flow = 2 * grad[n, s, c] * to_last[j] @ t
+            grad_F[n, c] += np.outer(sources[source], flow)
+            if source == 2:
+                grad_A[n, c] += np.outer(xs[0][n, s], F[n, c] @ flow)
+    numbers = [0], [n for term in terms for n in term], [0, 1], [n for pair in pairs for n in pair], list(widths)
+    program = ([tensor(t) for t in ts] for ts in (xs, [A], Fs, gates, links))
+    program = (*program, *numbers)
+    assert_equal(attribution_tangent.attribution_tangent(*program), a)
+    found = attribution_tangent.attribution_tangent_backward(tensor(grad), *program)
+    for got, wanted in zip(found, (grad_A.swapaxes(-1, -2), *grad_Fs), strict=True):
         assert got.is_contiguous()
         assert_equal(got, wanted)
 
@@ -340,6 +385,19 @@ def test_attribution_reduce_reference_by_hand():
     twice = attribution_reduce.attribution_reduce([X, X], [g, g], [A, A], [B, B])
     assert twice.tolist() == [[[612, 180], [0, 180]]]
     assert not attribution_reduce.attribution_reduce([X, X], [g, g], [A, -A], [B, B]).any()
+
+
+def test_attribution_tangent_reference_by_hand():
+    # u = x A, then t_0 = u B; the gate lets the first entry of the first sample through, and the second of the second
+    one, B0, A0 = torch.ones(1, 2, 1), torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0]]]])
+    gate, L = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[10.0], [100.0]]])
+    run = attribution_tangent.attribution_tangent
+    gated = run([one], [A0], [B0], [gate], [L], [0], [1, 0], [0], [0, 1], [2, 1])
+    assert gated.tolist() == [[[30.0**2], [600.0**2]]]
+    # without a gate both get through; with a second barrier's own share they cancel
+    assert run([one], [A0], [B0], [], [L], [0], [1, 0], [], [0, 1], [2, 1]).tolist() == [[[630.0**2]] * 2]
+    away = torch.tensor([[[[-630.0]]]])
+    assert not run([one], [A0], [B0, away], [], [L], [0], [1, 0, 0, 1], [], [0, 1], [2, 1]).any()
 
 
 def test_topk_reference_by_hand():

@@ -13,7 +13,6 @@ from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._op import define, outside_autocast, with_instances
 from fastapd.ops._thin_product import thin_product
-from fastapd.reference.component_sum import component_sum as component_sum_reference
 
 
 def _check_sum(A: Tensor, B: Tensor) -> bool:
