@@ -184,13 +184,8 @@ def test_sanitizers_find_no_race_until_one_is_planted(race_tree: Path) -> None:
     done = drive_races(native.build(race_tree, RACES))
     assert done.returncode != 0
     racing = set(re.findall(r"parallel_for<fastapd::baseline::(?:\(anonymous namespace\)::)?(\w+<\w+>)", done.stderr))
-<<<<<<< HEAD
-    names = "component_sum_loss batch_topk list_above attribution_reduce attribution_reduce_backward component_svdvals "
-    names += "schatten schatten_masked project accumulate outer"
-=======
-    names = "component_sum_loss batch_topk attribution_reduce attribution_reduce_backward attribution_tangent "
+    names = "component_sum_loss batch_topk list_above attribution_reduce attribution_reduce_backward attribution_tangent "
     names += "attribution_tangent_backward component_svdvals schatten schatten_masked project accumulate outer"
->>>>>>> 1cf1292ac31c8325321a71d41cbe68f03f9ef160
     assert racing == {f"{name}<{dtype}>" for name in names.split() for dtype in ("float", "double")}
 
 
