@@ -80,6 +80,18 @@ def forward_rows(x: Tensor, At: Tensor, B: Tensor, rows: Tensor) -> Tensor:
     return out.view(n_instances, batch + 1, -1)[:, :batch]
 
 
+def forward_bags(x: Tensor, At: Tensor, B: Tensor, sample: Tensor, component: Tensor, bags: Tensor) -> Tensor:
+    """For rank one and one instance: the library's sums of weighted rows of B, one bag a sample.
+
+    Args:
+        sample, component: Of the selected pairs, sorted by sample.
+        bags: Where the pairs of each sample start.
+    """
+    u = torch.linalg.vecdot(x[0].index_select(0, sample), At[0, :, 0].index_select(0, component))
+    y = torch.nn.functional.embedding_bag(component, B[0, :, 0], bags, mode="sum", per_sample_weights=u)
+    return y.unsqueeze(0)
+
+
 # ---------------------------------------------------------------------------------------------------------- simplicity
 
 
@@ -103,5 +115,5 @@ def schatten_exact(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
 
 def svdvals_of_products(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
     """The same from the library's singular values of the products, which are formed; [I]."""
-    values = torch.linalg.svdvals(At.mT @ B)
+    values = torch.linalg.svdvals(At.mT @ B)[..., : B.shape[-2]]  # the others are zero but for rounding
     return (counts * (values.square() + EPS).pow(p / 2).sum(-1)).sum(-1)
