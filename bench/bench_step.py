@@ -30,7 +30,7 @@ from bench.cases import (
     method,
     problem,
 )
-from bench.harness import GRADIENT_TOLERANCE, assert_close, compiled, grid, lacks_memory, measure, watch
+from bench.harness import TIGHT_TOLERANCE, TOLERANCE, assert_close, compiled, grid, lacks_memory, measure, watch
 from fastapd import backends
 from fastapd.model import ComponentModel
 from fastapd.training import make_optimiser, train_step
@@ -43,8 +43,6 @@ TERMS = {
     "activation_reconstruction": "act_recon",
 }
 """What the research code calls a term."""
-
-ATTRIBUTION_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-5
 
 
 class Found(NamedTuple):
@@ -189,11 +187,11 @@ def _expected(case: Case, p: Problem) -> Found:
 def _assert_same(what: str, case: Case, found: Found, expected: Found) -> None:
     """The same losses, attributions, mask and gradients as the research code, so that times can be compared."""
     for name, ours, theirs in zip(_terms(case), found.terms, expected.terms, strict=True):
-        assert_close(f"{what}, {name}", ours.flatten(), theirs.flatten(), LOSS_TOLERANCE)
-    assert_close(f"{what}, attributions", found.attributions, expected.attributions, ATTRIBUTION_TOLERANCE)
+        assert_close(f"{what}, {name}", ours.flatten(), theirs.flatten(), TOLERANCE)
+    assert_close(f"{what}, attributions", found.attributions, expected.attributions, TIGHT_TOLERANCE)
     assert_close(f"{what}, mask", found.mask, expected.mask, 0)
     for i, (ours, theirs) in enumerate(zip(found.grads, expected.grads, strict=True)):
-        assert_close(f"{what}, gradient of {'AB'[i % 2]} {i // 2}", ours, theirs, GRADIENT_TOLERANCE)
+        assert_close(f"{what}, gradient of {'AB'[i % 2]} {i // 2}", ours, theirs, TOLERANCE)
 
 
 @grid(contenders, CASES, lambda case: ("step",))
