@@ -210,8 +210,14 @@ class Step:
         run = self.modules["run_spd"].__dict__
         terms: dict[str, Tensor] = {}
         kept: dict[str, Any] = {}
-        names = {"calc_param_match_loss": "param_match", "calc_act_recon": "act_recon", "calc_schatten_loss": "schatten",
-                 "calc_recon_mse": "topk_recon", "calculate_attributions": "attributions", "calc_topk_mask": "mask"}  # fmt: skip
+        names = {
+            "calc_param_match_loss": "param_match",
+            "calc_act_recon": "act_recon",
+            "calc_schatten_loss": "schatten",
+            "calc_recon_mse": "topk_recon",  # after the one of all components, which it overwrites
+            "calculate_attributions": "attributions",
+            "calc_topk_mask": "mask",
+        }
         own = {name: run[name] for name in names}
 
         def watched(name: str) -> Any:

@@ -3,8 +3,8 @@
 `attribution_reduce/<case>` is the op: the inputs of the layers and the gradients of all outputs are given, by sample.
 `gradient_attributions/<case>` is what a training step asks for: from the target and a batch, recording and output
 gradients included. There `torch_tangent` is written by hand for the one architecture: it pushes every component's
-effect forward through the target's linear maps, so that no output needs a backward pass. Only the Lp form differentiates
-attributions: its cases have the gradients of all factors.
+effect forward through the target's linear maps, so that no output needs a backward pass. Only the Lp form
+differentiates attributions: its cases have the gradients of all factors.
 """
 
 from __future__ import annotations

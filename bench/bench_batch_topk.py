@@ -1,8 +1,8 @@
 """The K largest of batch * n_components scores of each instance.
 
 `torch_scatter` (topk and scatter) and `torch_kthvalue` (a threshold, inexact under ties) end at a mask, as the research
-code does; `torch_rows` goes on to the samples of each component, which a sparse forward needs. fastapd returns the pairs
-in both orders. `fastapd_warm` is given the threshold of the call before, as in training; its floor is two reads.
+code does; `torch_rows` goes on to the samples of each component, which a sparse forward needs. fastapd returns the
+pairs in both orders. `fastapd_warm` is given the threshold of the call before, as in training; its floor is two reads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `upstream` is the research code's step in our words, `apd` that code itself, `fastapd` ours as it chooses its backends,
 `fastapd_reference` the same step with every op in plain PyTorch. `torch` is put together from the strongest plain
-forms, `torch_tangent` takes the attributions that are written by hand for the architecture, and `torch_compile` compiles
+forms, `torch_tangent` takes the attributions that are written by hand for the architecture, `torch_compile` compiles
 those. All start from the same target, components and batch. The learning rate is zero while they are timed: AdamW does
 the same work, and every round sees the same numbers.
 """

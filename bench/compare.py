@@ -2,9 +2,9 @@
 
     python bench/compare.py OLD.json NEW.json [--threshold 0.15]
 
-Compared is how many times faster fastapd is than the research code's formulation and than the strongest plain torch form,
-each within its own run, so that a slower clock or machine does not matter. Exits with 1 if a ratio fell by more than the
-threshold.
+Compared is how many times faster fastapd is than the research code's formulation and than the strongest plain torch
+form, each within its own run, so that a slower clock or machine does not matter. Exits with 1 if a ratio fell by more
+than the threshold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         group, direction = self.key
-        return f"{group} {direction}: {self.before:.3g}x -> {self.after:.3g}x the {NAMES[self.against]} ({self.factor - 1:+.0%})"
+        ratio = f"{self.before:.3g}x -> {self.after:.3g}x the {NAMES[self.against]}"
+        return f"{group} {direction}: {ratio} ({self.factor - 1:+.0%})"
 
 
 def changes(old: results.Table, new: results.Table) -> list[Change]:

@@ -1,4 +1,4 @@
-"""The goals of the CPU path, each row with how it is computed from a run: one thread, float32, ratios within one run."""
+"""The goals of the CPU path, each with how it is computed from a run: one thread, float32, ratios within one run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def times_faster(than: str, contender: str | None = None) -> Measure:
 
 
 def times_less_memory(found: Contenders) -> float | None:
-    """Peak memory of the research formulation over ours, both at our worse: by torch's count or the process's growth."""
+    """Peak memory of the research formulation by torch's count, over ours by that or the process's growth."""
     mine, theirs = results.ours(found), found.get("upstream")
     if mine is None or theirs is None or "peak_bytes" not in mine.info or "peak_bytes" not in theirs.info:
         return None

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from bench import compare, goals, results
 from bench.results import Table
 
-CONTENDERS_TEXT = """median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream) and
-than the strongest torch form; floor is the share of what the machine's measured rates allow; peak is what torch's
+CONTENDERS_TEXT = """median of the rounds; 'vs' is how many times faster than the research code's formulation (upstream)
+and than the strongest torch form; floor is the share of what the machine's measured rates allow; peak is what torch's
 allocator held at most beyond the inputs. > is what fastapd chooses by itself, + another of its backends, forced."""
 
 

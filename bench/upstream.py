@@ -82,7 +82,7 @@ def run_target(network: Network, x: Tensor, weights: dict[str, Tensor]) -> Recor
     return Recorded(network(layer, x), inputs, outputs)
 
 
-# ------------------------------------------------------------------------------------------------------------ operations
+# ----------------------------------------------------------------------------------------------------------- operations
 
 
 def component_weights(A: Tensor, B: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def activation_reconstruction(outputs: dict[str, Tensor], target_outputs: dict[s
     return (loss / width).mean(0)
 
 
-# -------------------------------------------------------------------------------------------------------- the whole step
+# ------------------------------------------------------------------------------------------------------- the whole step
 
 
 class Result(NamedTuple):
