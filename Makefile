@@ -35,9 +35,9 @@ lint: $(VENV)/.dev ## ruff and basedpyright
 	@echo "lint: checking types with basedpyright"
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.dev ## time every op on one thread
-	@echo "bench: running the benchmarks on one thread"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -P -m pytest bench --benchmark-only
+bench: $(VENV)/.dev ## time every op and step on one thread against the goals; keeps the results
+	@echo "bench: running the benchmarks on one thread, best on an otherwise idle machine (minutes; up to 16 GiB)"
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -P -m pytest bench --benchmark-only -q --tb=short --save-results
 
 clean: ## remove what these targets and the build made, .venv included
 	@echo "clean: removing $(VENV), build products and caches"

@@ -1,6 +1,8 @@
-"""The factored Schatten sum of one layer's components under a boolean selection.
+"""Schatten sums of one layer's components under a boolean selection.
 
-The research code starts from the mask, `torch` from the counts, fastapd from its selection, which holds the counts.
+`batched_svd/<case>` is the factored sum, which the research code computes: it starts from the mask, `torch` from the
+counts, fastapd from its selection, which holds the counts. `schatten/<case>` is the exact sum, from singular values:
+`torch_svdvals` takes those of the products, the library's routine, `torch_gram` those of the factors' Gram matrices.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import torch
 from torch import Tensor
 
 from bench import plain, upstream
-from bench.cases import CASES, Case, Problem, problem
+from bench.cases import RESIDUAL_SMALL, TMS_5_2, TMS_5_2_SMALL, TMS_40_10, Case, Layer, Problem, problem
 from bench.harness import (
     BOTH,
     FORWARD,
+    TIGHT_TOLERANCE,
     Answer,
     Contender,
     chosen,
     compete,
+    compiled,
     cpu_backends,
     grid,
     reference_in_float64,
@@ -27,35 +31,40 @@ from bench.harness import (
     skip_if_refused,
     transposed,
 )
-from fastapd.ops import schatten_factored
+from fastapd._random import stream
+from fastapd.ops import schatten, schatten_factored
 from fastapd.reference import batched_svd as reference
 
-OP = "schatten_factored"
 EPS = 1e-16
+CASES = (TMS_5_2_SMALL, TMS_5_2, TMS_40_10, RESIDUAL_SMALL)
 
 
 def _ones(p: Problem) -> Tensor:
     return torch.ones(p.case.n_instances)
 
 
+# ----------------------------------------------------------------------------------------------------- the factored sum
+
+
 def _upstream(p: Problem) -> Contender:
-    """The term of one layer, without its normalisation."""
+    """The term of one layer, without its normalisation. It adds up millions of tiny numbers in float32."""
     mask = p.selection.mask.transpose(0, 1).contiguous()
     leaves = (p.Ats[0].mT.contiguous(), p.Bs[0])
 
     def function(A: Tensor, B: Tensor) -> Tensor:
         return upstream.schatten({"layer": (A, B)}, mask, p.case.p, 1) * p.case.batch
 
-    return Contender(function, leaves, _ones(p), same, (same, same))
+    return Contender(function, leaves, _ones(p), same, (same, same), rounding=100)
 
 
-def _torch(p: Problem) -> Contender:
+def _torch(p: Problem, compile_it: bool = False) -> Contender:
     counts, batch = p.selection.counts, p.case.batch
 
     def function(At: Tensor, B: Tensor) -> Tensor:
         return plain.schatten(At, B, counts, batch, p.case.p)
 
-    return Contender(function, (p.Ats[0], p.Bs[0]), _ones(p), same, (transposed, same))
+    form = compiled(function) if compile_it else function
+    return Contender(form, (p.Ats[0], p.Bs[0]), _ones(p), same, (transposed, same))
 
 
 def _fastapd(p: Problem) -> Contender:
@@ -76,14 +85,14 @@ def _expected(case: Case) -> Answer:
     return reference_in_float64(function, (p.Ats[0].mT, p.Bs[0]), _ones(p))
 
 
-CONTENDERS = {"upstream": _upstream, "torch": _torch}
+FACTORED = {"upstream": _upstream, "torch": _torch, "torch_compile": lambda p: _torch(p, compile_it=True)}
 
 
-@grid(lambda case: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda case: (FORWARD, BOTH))
+@grid(lambda case: (*FACTORED, *cpu_backends("schatten_factored")), CASES, lambda case: (FORWARD, BOTH))
 def bench_batched_svd(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
     args = (p.Ats[0].mT, p.Bs[0], p.selection.counts, case.p, EPS, case.batch, direction == BOTH)
-    skip_if_refused(OP, contender, args)
+    skip_if_refused("schatten_factored", contender, args)
     n_factors = p.Ats[0].numel() + p.Bs[0].numel()
     compete(
         benchmark,
@@ -91,9 +100,83 @@ def bench_batched_svd(benchmark: Any, contender: str, case: Case, direction: str
         contender,
         direction,
         case,
-        CONTENDERS.get(contender, _fastapd)(p),
+        FACTORED.get(contender, _fastapd)(p),
         _expected(case),
-        chosen(OP, args),
+        chosen("schatten_factored", args),
         flops=(2 if direction == FORWARD else 4) * n_factors,
         n_bytes=(4 if direction == FORWARD else 8) * n_factors,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- the exact sum
+
+
+def _drawn(name: str, n_components: int, d_in: int, d_out: int, rank: int) -> Layer:
+    case = Case(name, "layer", 1, 64, n_components, rank, d_in, d_out, topk=1.0, p=0.9)
+    return Layer(name, case)
+
+
+EXACT_CASES = (
+    _drawn("c1000_64x64_m4", 1000, 64, 64, 4),
+    _drawn("c1000_64x64_m8", 1000, 64, 64, 8),
+    _drawn("c1000_256x256_m4", 1000, 256, 256, 4),
+    _drawn("c1000_256x256_m8", 1000, 256, 256, 8),
+    _drawn("c256_256x256_m16", 256, 256, 256, 16),
+    _drawn("c130_1000x50_m50", 130, 1000, 50, 50),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def _factors(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """At [1, C, m, d_in], B [1, C, m, d_out] and counts [1, C]."""
+    generator, case = stream(0, f"bench {layer.name}"), layer.case
+    (d_in, d_out), shape = layer.shape, (1, case.n_components, case.rank)
+    counts = torch.randint(1, case.batch, shape[:2], generator=generator)
+    return torch.randn(*shape, d_in, generator=generator), torch.randn(*shape, d_out, generator=generator), counts
+
+
+def _exact(layer: Layer, form: Any) -> Contender:
+    At, B, counts = _factors(layer)
+    grads = (transposed, same)
+    rounding = 100 if form is plain.svdvals_of_products else 1  # float32 throughout
+    return Contender(
+        lambda At, B: form(At, B, counts, layer.case.p), (At, B), torch.ones(1), same, grads, rounding=rounding
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _expected_exact(layer: Layer) -> Answer:
+    At, B, counts = _factors(layer)
+    total, grad_At, grad_B = reference.schatten(At.double().mT, B.double(), counts, layer.case.p, EPS, -1, True)
+    return [total, grad_At.mT, grad_B]
+
+
+EXACT = {
+    "torch_svdvals": lambda layer: _exact(layer, plain.svdvals_of_products),
+    "torch_gram": lambda layer: _exact(layer, plain.schatten_exact),
+}
+
+
+@grid(lambda layer: (*EXACT, *cpu_backends("schatten")), EXACT_CASES, lambda layer: (BOTH,))
+def bench_schatten(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
+    At, B, counts = _factors(case)
+    args = (At.mT, B, counts, case.case.p, EPS, -1, True)
+    skip_if_refused("schatten", contender, args)
+    n_factors, rank = At.numel() + B.numel(), case.case.rank
+
+    def fastapd(layer: Layer) -> Contender:
+        return _exact(layer, lambda At, B, counts, p: schatten(At.mT, B, counts, p, EPS))
+
+    compete(
+        benchmark,
+        "schatten",
+        contender,
+        direction,
+        case,
+        EXACT.get(contender, fastapd)(case),
+        _expected_exact(case),
+        chosen("schatten", args),
+        flops=2 * 3 * rank * n_factors,  # two Gram matrices and two products with the factors, in float64
+        n_bytes=8 * n_factors,
+        output_tolerance=TIGHT_TOLERANCE,
     )

@@ -1,4 +1,7 @@
-"""W = sum over components of A_c B_c and its squared distance to a target: the faithfulness term of one layer."""
+"""W = sum over components of A_c B_c and its squared distance to a target: the faithfulness term of one layer.
+
+`gemms` is no contender but a bound: the matrix products of value and gradient alone, by the library.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ import torch
 from torch import Tensor
 
 from bench import plain, upstream
-from bench.cases import RESIDUAL, TMS_5_2, TMS_40_10, Case, Problem, problem
+from bench.cases import MANY, RESIDUAL_SMALL, TMS_5_2, TMS_40_10, Layer, Problem, problem
 from bench.harness import (
     BOTH,
-    FORWARD,
     Answer,
     Contender,
     chosen,
     compete,
+    compiled,
     cpu_backends,
     grid,
     reference_in_float64,
@@ -28,62 +31,82 @@ from fastapd.ops import component_sum_loss
 from fastapd.reference import component_sum as reference
 
 OP = "component_sum_loss"
-CASES = (TMS_5_2, TMS_40_10, RESIDUAL)  # the batch does not enter
+CASES = (
+    Layer("tms_5-2", TMS_5_2),
+    Layer("tms_40-10", TMS_40_10),
+    Layer("resid_in", RESIDUAL_SMALL, 0),
+    Layer("resid_out", RESIDUAL_SMALL, 1),
+    Layer("c1000_256x256_m4", MANY),
+)
 
 
 def _ones(p: Problem) -> Tensor:
     return torch.ones(p.case.n_instances)
 
 
-def _upstream(p: Problem) -> Contender:
-    leaves = (p.Ats[0].mT.contiguous(), p.Bs[0])
-    target = {"layer": p.weights[0]}
+def _upstream(p: Problem, i: int) -> Contender:
+    leaves = (p.Ats[i].mT.contiguous(), p.Bs[i])
+    target = {"layer": p.weights[i]}
     return Contender(
         lambda A, B: upstream.param_match({"layer": (A, B)}, target, 1), leaves, _ones(p), same, (same, same)
     )
 
 
-def _torch(p: Problem) -> Contender:
-    leaves = (p.Ats[0], p.Bs[0])
-    return Contender(
-        lambda At, B: plain.component_sum_loss(At, B, p.weights[0]), leaves, _ones(p), same, (transposed, same)
-    )
+def _house(p: Problem, i: int, form: Any) -> Contender:
+    W, leaves = p.weights[i], (p.Ats[i], p.Bs[i])
+    return Contender(lambda At, B: form(At, B, W), leaves, _ones(p), same, (transposed, same))
 
 
-def _fastapd(p: Problem) -> Contender:
-    leaves = (p.Ats[0], p.Bs[0])
-    return Contender(
-        lambda At, B: component_sum_loss(At.mT, B, p.weights[0])[0], leaves, _ones(p), same, (transposed, same)
-    )
+def _gemms(p: Problem, i: int) -> Contender:
+    """W = At^T B, then the two products of a residual of its size with the factors."""
+    At, B, R = p.Ats[i].flatten(1, 2), p.Bs[i].flatten(1, 2), p.weights[i]
+    W, dAt, dB = torch.empty_like(R), torch.empty_like(At), torch.empty_like(B)
+
+    def function() -> Tensor:
+        torch.bmm(At.mT, B, out=W)
+        torch.bmm(B, R.mT, out=dAt)
+        return torch.bmm(At, R, out=dB)
+
+    return Contender(function, ())
+
+
+CONTENDERS = {
+    "upstream": _upstream,
+    "torch": lambda p, i: _house(p, i, plain.component_sum_loss),
+    "torch_compile": lambda p, i: _house(p, i, compiled(plain.component_sum_loss)),
+    "gemms": _gemms,
+}
+
+
+def _fastapd(p: Problem, i: int) -> Contender:
+    return _house(p, i, lambda At, B, W: component_sum_loss(At.mT, B, W)[0])
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(case: Case) -> Answer:
-    p = problem(case)
-    target = p.weights[0].double()
-    leaves = (p.Ats[0].mT, p.Bs[0])
+def _expected(layer: Layer) -> Answer:
+    p, i = problem(layer.case), layer.index
+    target = p.weights[i].double()
+    leaves = (p.Ats[i].mT, p.Bs[i])
     return reference_in_float64(lambda A, B: reference.component_sum_loss(A, B, target)[0], leaves, _ones(p))
 
 
-CONTENDERS = {"upstream": _upstream, "torch": _torch}
-
-
-@grid(lambda case: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda case: (FORWARD, BOTH))
-def bench_component_sum(benchmark: Any, contender: str, case: Case, direction: str) -> None:
-    p = problem(case)
-    args = (p.Ats[0].mT, p.Bs[0], p.weights[0])
+@grid(lambda layer: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda layer: (BOTH,))
+def bench_component_sum(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
+    p, i = problem(case.case), case.index
+    args = (p.Ats[i].mT, p.Bs[i], p.weights[i])
     skip_if_refused(OP, contender, args)
-    gemm = 2 * p.weights[0].numel() * case.n_components * case.rank
-    touched = p.Ats[0].nbytes + p.Bs[0].nbytes
+    gemm = 2 * p.case.n_instances * p.weights[i][0].numel() * p.case.n_components * p.case.rank
+    touched = p.Ats[i].nbytes + p.Bs[i].nbytes
+    bound = contender == "gemms"
     compete(
         benchmark,
         "component_sum",
         contender,
         direction,
         case,
-        CONTENDERS.get(contender, _fastapd)(p),
-        _expected(case),
+        CONTENDERS.get(contender, _fastapd)(p, i),
+        None if bound else _expected(case),
         chosen(OP, args),
-        flops=gemm if direction == FORWARD else 3 * gemm,
-        n_bytes=(touched if direction == FORWARD else 3 * touched) + p.weights[0].nbytes,
+        flops=3 * gemm,
+        n_bytes=2 * touched + p.weights[i].nbytes,
     )

@@ -1,40 +1,55 @@
-"""One whole training step of the published toy-model experiments, optimiser included.
+"""One whole training step of the published experiments, optimiser included.
 
-`upstream` is the research code's step, `fastapd` ours as it chooses its backends, `fastapd_reference` the same step
-with every op in plain PyTorch. `torch` is put together from the strongest plain forms, and `torch_tangent` takes the
-attributions that are written by hand for this architecture. All start from the same target, components and batch. The
-learning rate is zero while they are timed: AdamW does the same work, and every round sees the same numbers.
+`upstream` is the research code's step in our words, `apd` that code itself, `fastapd` ours as it chooses its backends,
+`fastapd_reference` the same step with every op in plain PyTorch. `torch` is put together from the strongest plain
+forms, `torch_tangent` takes the attributions that are written by hand for the architecture, `torch_compile` compiles
+those. All start from the same target, components and batch. The learning rate is zero while they are timed: AdamW does
+the same work, and every round sees the same numbers.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
+import torch
 from torch import Tensor
 
-from bench import plain, upstream
-from bench.cases import TMS_5_2, TMS_5_2_SMALL, TMS_40_10, Case, Problem, problem
-from bench.harness import assert_agrees, grid, measure
+from bench import apd, plain, plain_step, upstream
+from bench.cases import (
+    RESIDUAL,
+    RESIDUAL_2,
+    RESIDUAL_M4,
+    RESIDUAL_SMALL,
+    TMS_5_2,
+    TMS_5_2_SMALL,
+    TMS_40_10,
+    Case,
+    Problem,
+    method,
+    problem,
+)
+from bench.harness import TIGHT_TOLERANCE, TOLERANCE, assert_close, compiled, grid, lacks_memory, measure, watch
 from fastapd import backends
-from fastapd.components import Components
-from fastapd.config import APD
-from fastapd.experiments import tms
 from fastapd.model import ComponentModel
 from fastapd.training import make_optimiser, train_step
 
-CASES = (TMS_5_2_SMALL, TMS_5_2, TMS_40_10)
-TERMS = {"faithfulness": "param_match", "minimality": "topk_recon", "simplicity": "schatten"}
+CASES = (TMS_5_2_SMALL, TMS_5_2, TMS_40_10, RESIDUAL_SMALL, RESIDUAL_M4, RESIDUAL, RESIDUAL_2)
+TERMS = {
+    "faithfulness": "param_match",
+    "minimality": "topk_recon",
+    "simplicity": "schatten",
+    "activation_reconstruction": "act_recon",
+}
 """What the research code calls a term."""
-
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
 class Found(NamedTuple):
-    """What a step must agree on: the total and the terms, the mask, the gradients of A and B."""
+    """What a step must agree on, in the house layout: terms, attributions, mask, gradients of every A and B."""
 
-    losses: list[Tensor]
+    terms: list[Tensor]
+    attributions: Tensor
     mask: Tensor
     grads: list[Tensor]
 
@@ -43,93 +58,159 @@ class Runner(NamedTuple):
     call: Callable[[], Any]
     found: Callable[[Any], Found]
     """Of what the call returned, before the next."""
+    close: Callable[[], None] = lambda: None
 
 
-def _method(case: Case) -> APD:
-    """The published coefficients."""
-    (config,) = [c for c in tms.defaults() if case.name.startswith(c.experiment + "_")]
-    assert (config.method.topk, config.method.p) == (case.topk, case.p), "cases.py follows the published settings"
-    return config.method
+def _terms(case: Case) -> list[str]:
+    return [name for name in TERMS if getattr(method(case), name)]
 
 
 def _gradient(t: Tensor) -> Tensor:
     assert t.grad is not None
-    return t.grad
+    return t.grad.clone()
 
 
-def _upstream(p: Problem, method: APD) -> Runner:
-    bias = p.model.target.get_parameter("b_final").squeeze(1)
-    coefficients = {theirs: getattr(method, ours) for ours, theirs in TERMS.items()}
-    step = upstream.TMSStep(
-        p.weights[0], bias, p.Ats[0].mT, p.Bs[0], topk=method.topk, p=method.p, coefficients=coefficients, lr=0.0
+def _upstream(p: Problem) -> Runner:
+    case, settings, target = p.case, method(p.case), p.model.target
+    if case.tied:
+        networks = [upstream.tms(target.get_parameter("b_final").squeeze(1).clone()) for _ in range(2)]
+        ties = {"linear2": "linear1"}
+    else:
+        fixed = [target.get_buffer("W_E"), target.get_buffer("W_U")]
+        own = [t.clone().requires_grad_() for t in fixed]  # parameters of the target, which the research code leaves on
+        networks = [upstream.residual_mlp(*ends, case.n_layers) for ends in (own, fixed)]
+        ties = {}
+    kept = [i for i, name in enumerate(p.names) if name not in ties]
+    step = upstream.Step(
+        networks[0],
+        networks[1],
+        {p.names[i]: p.weights[i] for i in kept},
+        {p.names[i]: (p.Ats[i].mT, p.Bs[i]) for i in kept},
+        ties,
+        {theirs: getattr(settings, ours) for ours, theirs in TERMS.items()},
+        topk=case.topk,
+        p=case.p,
+        lr=0.0,
+        unit_norm=settings.unit_norm,
     )
     x = p.x.transpose(0, 1).contiguous()
 
     def found(result: upstream.Result) -> Found:
-        losses = [result.total, *(result.terms[name] for name in TERMS.values())]
-        return Found(losses, result.mask.transpose(0, 1), [_gradient(step.A), _gradient(step.B)])
+        losses = [result.terms[TERMS[name]].detach() for name in _terms(case)]
+        grads = [_gradient(t) for pair in step.own.values() for t in pair]
+        return Found(losses, result.attributions.detach().transpose(0, 1), result.mask.transpose(0, 1), grads)
 
     return Runner(lambda: step(x), found)
 
 
-def _torch(p: Problem, method: APD, tangent: bool) -> Runner:
-    coefficients = (method.faithfulness, method.minimality, method.simplicity)
-    bias = p.model.target.get_parameter("b_final")
-    step = plain.TMSStep(p.weights[0], bias, p.Ats[0], p.Bs[0], p.case.n_pairs, method.p, coefficients, tangent)
+def _apd(p: Problem) -> Runner:
+    if (reason := apd.why_not()) is not None:
+        pytest.skip(reason)
+    step = apd.Step(p)
+    x = p.x.transpose(0, 1).contiguous()
+
+    def found(_: Any) -> Found:
+        look = step.look(x)
+        grads = [look.gradients[f"{name}.{factor}"] for name in p.names for factor in "AB" if name != "linear2"]
+        losses = [look.terms[TERMS[name]] for name in _terms(p.case)]
+        return Found(losses, look.attributions.transpose(0, 1), look.mask.transpose(0, 1), grads)
+
+    return Runner(lambda: step(x), found, step.close)
+
+
+def _torch(p: Problem, attributions: plain_step.Attributions) -> Runner:
+    step = plain_step.Step(p, attributions)
 
     def found(result: Any) -> Found:
-        total, terms, rows = result
-        mask = plain.mask_of_rows(rows, p.case.batch)
-        return Found([total, *terms], mask, [_gradient(step.At).mT, _gradient(step.B)])
+        _, terms, scores, rows = result
+        grads = [g for At, B in zip(step.At, step.B, strict=True) for g in (_gradient(At).mT, _gradient(B))]
+        return Found([t.detach() for t in terms], scores, plain.mask_of_rows(rows, p.case.batch), grads)
 
     return Runner(lambda: step(p.x), found)
 
 
-def _fastapd(p: Problem, method: APD) -> Runner:
-    components = Components.from_factors({"linear1": (p.Ats[0].mT, p.Bs[0])}, ties={"linear2": "linear1"})
+def _torch_compile(p: Problem) -> Runner:
+    runner = _torch(p, compiled(plain_step.tangent_attributions(p)))
+    runner.call()
+    return runner
+
+
+def _fastapd(p: Problem) -> Runner:
+    components, settings = p.components(), method(p.case)
     model, optimiser = ComponentModel(p.model.target, p.model.sites, components), make_optimiser(components)
+    hidden = {name: torch.relu for name in p.names if name.endswith("mlp_in")}
 
     def found(step: Any) -> Found:
-        losses = [step.total, *(step.terms[name] for name in TERMS)]
-        grads = [_gradient(components.At["linear1"]).mT, _gradient(components.B["linear1"])]
-        return Found(losses, step.mask, grads)
+        grads = [g for key in components.At for g in (_gradient(components.At[key]).mT, _gradient(components.B[key]))]
+        return Found([step.terms[n].detach() for n in _terms(p.case)], step.attributions.detach(), step.mask, grads)
 
-    return Runner(lambda: train_step(model, method, optimiser, 0.0, p.x), found)
+    return Runner(lambda: train_step(model, settings, optimiser, 0.0, p.x, hidden or None), found)
 
 
-CONTENDERS: dict[str, Callable[[Problem, APD], Runner]] = {
+CONTENDERS: dict[str, Callable[[Problem], Runner]] = {
     "upstream": _upstream,
-    "torch": lambda p, method: _torch(p, method, tangent=False),
-    "torch_tangent": lambda p, method: _torch(p, method, tangent=True),
+    "apd": _apd,
+    "torch": lambda p: _torch(p, plain_step.reverse_attributions(p)),
+    "torch_tangent": lambda p: _torch(p, plain_step.tangent_attributions(p)),
+    "torch_compile": _torch_compile,
     "fastapd": _fastapd,
     "fastapd_reference": _fastapd,
 }
 
-_expected: dict[Case, Found] = {}
+FEW = ("upstream", "apd", "torch_tangent", "fastapd")
+"""Of the large cases, where the others would take minutes and gigabytes to come last."""
 
 
-def _assert_same(what: str, found: Found, expected: Found) -> None:
-    """The same losses, mask and gradients as the research code, so that the two can be compared by time."""
-    for name, ours, theirs in zip(("total", *TERMS), found.losses, expected.losses, strict=True):
-        assert_agrees(f"{what}, {name}", [ours.detach()], [theirs.detach()], LOSS_TOLERANCE)
-    assert_agrees(f"{what}, mask", [found.mask], [expected.mask])
-    for name, ours, theirs in zip("AB", found.grads, expected.grads, strict=True):
-        assert_agrees(f"{what}, gradient of {name}", [ours], [theirs], GRADIENT_TOLERANCE)
+def contenders(case: Case) -> tuple[str, ...]:
+    names = FEW if case in (RESIDUAL, RESIDUAL_2) else tuple(CONTENDERS)
+    return tuple(name for name in names if name != "fastapd_reference" or case.tied)
 
 
-@grid(lambda case: tuple(CONTENDERS), CASES, lambda case: ("step",))
+def needs_bytes(contender: str, case: Case) -> int:
+    """About what a step of the research code holds; the others need little."""
+    return case.upstream_bytes if contender in ("upstream", "apd") else 0
+
+
+_first: dict[Case, Found] = {}
+"""The research formulation's result, or that of plain torch where the former does not fit into memory."""
+
+
+def _expected(case: Case, p: Problem) -> Found:
+    if case not in _first:
+        name = "upstream" if lacks_memory(needs_bytes("upstream", case)) is None else "torch_tangent"
+        runner = CONTENDERS[name](p)
+        _first.clear()
+        _first[case] = runner.found(runner.call())
+    return _first[case]
+
+
+def _assert_same(what: str, case: Case, found: Found, expected: Found) -> None:
+    """The same losses, attributions, mask and gradients as the research code, so that times can be compared."""
+    for name, ours, theirs in zip(_terms(case), found.terms, expected.terms, strict=True):
+        assert_close(f"{what}, {name}", ours.flatten(), theirs.flatten(), TOLERANCE)
+    assert_close(f"{what}, attributions", found.attributions, expected.attributions, TIGHT_TOLERANCE)
+    assert_close(f"{what}, mask", found.mask, expected.mask, 0)
+    for i, (ours, theirs) in enumerate(zip(found.grads, expected.grads, strict=True)):
+        assert_close(f"{what}, gradient of {'AB'[i % 2]} {i // 2}", ours, theirs, TOLERANCE)
+
+
+@grid(contenders, CASES, lambda case: ("step",))
 def bench_step(benchmark: Any, contender: str, case: Case, direction: str) -> None:
-    p, method = problem(case), _method(case)
-    if case not in _expected:
-        first = _upstream(p, method)
-        _expected[case] = first.found(first.call())
-    runner = CONTENDERS[contender](p, method)
-    with backends.use_backend("reference" if contender == "fastapd_reference" else "auto"):
-        started = time.process_time()
-        result = runner.call()
-        seconds = time.process_time() - started
-        _assert_same(f"step of {contender} on {case.name}", runner.found(result), _expected[case])
-        del result
-        mark = {"fastapd": "chosen", "fastapd_reference": "forced"}.get(contender, "")
-        info = {"contender": contender, "direction": direction, "fastapd": mark}
-        measure(benchmark, f"step/{case.name}", runner.call, seconds, **info)
+    if (reason := lacks_memory(needs_bytes(contender, case))) is not None:
+        pytest.skip(reason)
+    p = problem(case)
+    runner = CONTENDERS[contender](p)
+    try:
+        with backends.use_backend("reference" if contender == "fastapd_reference" else "auto"):
+            result, seen = watch(runner.call)
+            found = runner.found(result)
+            del result
+            if contender == "upstream":
+                _first.clear()
+                _first[case] = found
+            _assert_same(f"step of {contender} on {case.name}", case, found, _expected(case, p))
+            mark = {"fastapd": "chosen", "fastapd_reference": "forced"}.get(contender, "")
+            info = {"contender": contender, "direction": direction, "fastapd": mark}
+            measure(benchmark, f"step/{case.name}", runner.call, seen, **info)
+    finally:
+        runner.close()

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench import machine
+from bench.cases import Case, Layer
 from fastapd import backends
 
 FORWARD, BOTH = "forward", "forward_backward"
 
-TOLERANCE = 1e-5
-"""Largest ‖t − t64‖ / ‖t64‖ of an output or gradient in float32, t64 from the reference in float64."""
+TOLERANCE, TIGHT_TOLERANCE = 1e-5, 1e-6
+"""Largest ‖t − t64‖ / ‖t64‖ of an output or a gradient in float32, t64 from the reference in float64; the second is for
+attributions and for exact Schatten sums."""
 
-SLOW_SECONDS, SLOW_TOTAL_SECONDS = 0.1, 1.5
-"""A call that takes longer than the first is timed one by one, three times or for the second in all."""
+
+SLOW_SECONDS, SLOW_TOTAL_SECONDS = 0.1, 1.0
+"""A call that takes longer than the first is timed one by one: twice, and on for the second in all."""
 
 
 def instances_first(t: Tensor) -> Tensor:
@@ -45,9 +52,11 @@ class Contender:
 
     Attributes:
         function: Of the leaves, returns one tensor; what it needs besides is bound to it.
-        leaves: What it is differentiated by.
+        leaves: What it is differentiated by; copied, unless they are bound to the function already.
         cotangent: The gradient of its output.
         output, grads: From its layout to [n_instances, batch, ..] and A [n_instances, C, d_in, m].
+        bound: Whether the function knows its leaves and takes none.
+        rounding: How much more it may be off than the tolerances; only for baselines that add up badly in float32.
     """
 
     function: Callable[..., Any]
@@ -55,24 +64,29 @@ class Contender:
     cotangent: Tensor | None = None
     output: Callable[[Any], Tensor] = same
     grads: Sequence[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    bound: bool = False
+    rounding: float = 1
 
     def __post_init__(self) -> None:
-        self.leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in self.leaves]
+        if not self.bound:
+            self.leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in self.leaves]
 
     def call(self, direction: str) -> Callable[[], Any]:
         """What is timed: forward without a graph, or forward and the gradients of all leaves."""
-        if direction == FORWARD:
+        given = () if self.bound else self.leaves
+        if direction == FORWARD or not self.leaves:
 
             def forward() -> tuple[Any]:
                 with torch.no_grad():
-                    return (self.function(*self.leaves),)
+                    return (self.function(*given),)
 
             return forward
-        leaves = [t.requires_grad_() for t in self.leaves]
+        for t in self.leaves:
+            t.requires_grad_()
 
         def both() -> tuple[Any, ...]:
-            out = self.function(*leaves)
-            return out, *torch.autograd.grad(out, leaves, self.cotangent)
+            out = self.function(*given)
+            return out, *torch.autograd.grad(out, self.leaves, self.cotangent)
 
         return both
 
@@ -96,16 +110,23 @@ def reference_in_float64(function: Callable[..., Tensor], leaves: Sequence[Tenso
     return [out.detach(), *torch.autograd.grad(out, wide, cotangent.double())]
 
 
-def assert_agrees(what: str, got: Iterable[Tensor], expected: Answer, tolerance: float = TOLERANCE) -> None:
+def assert_close(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
     """Masks are equal; the others are close by norm."""
-    for i, (ours, exact) in enumerate(zip(got, expected, strict=True)):
-        where = f"{what}, {f'gradient {i}' if i else 'output'}"
-        assert ours.shape == exact.shape, f"{where}: shape {list(ours.shape)}, not {list(exact.shape)}"
-        if exact.dtype == torch.bool:
-            assert torch.equal(ours, exact), f"{where}: {int((ours != exact).sum())} of {exact.numel()} entries differ"
-            continue
-        error = ((ours.double() - exact).norm() / exact.norm()).item()
-        assert error <= tolerance, f"{where}: relative error {error:.2e}, allowed {tolerance:.0e}"
+    assert ours.shape == exact.shape, f"{what}: shape {list(ours.shape)}, not {list(exact.shape)}"
+    if exact.dtype == torch.bool:
+        assert torch.equal(ours, exact), f"{what}: {int((ours != exact).sum())} of {exact.numel()} entries differ"
+        return
+    error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_agrees(
+    what: str, contender: Contender, result: tuple[Any, ...], expected: Answer, output_tolerance: float
+) -> None:
+    """The output and the gradients of a contender against the reference."""
+    for i, (ours, exact) in enumerate(zip(contender.canonical(result), expected[: len(result)], strict=True)):
+        tolerance = (TOLERANCE if i else output_tolerance) * contender.rounding
+        assert_close(f"{what}, {f'gradient {i}' if i else 'output'}", ours, exact, tolerance)
 
 
 def with_backend(contender: str) -> contextlib.AbstractContextManager[Any]:
@@ -131,7 +152,9 @@ def chosen(op: str, args: tuple[Any, ...]) -> str:
 
 
 def grid(
-    contenders: Callable[[Case], Sequence[str]], cases: Sequence[Case], directions: Callable[[Case], Sequence[str]]
+    contenders: Callable[[Any], Sequence[str]],
+    cases: Sequence[Case | Layer],
+    directions: Callable[[Any], Sequence[str]],
 ) -> pytest.MarkDecorator:
     """Parametrises a benchmark: ids [contender-case-float32-direction], contenders that compete next to each other."""
     rows = [
@@ -143,47 +166,106 @@ def grid(
     return pytest.mark.parametrize(("contender", "case", "direction"), rows)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """The most that torch's allocator held at once for one call, beyond what was there before; None if unknown.
+# -------------------------------------------------------------------------------------------------------------- gates
 
-    Scratch memory of native kernels is not seen.
+
+def lacks_memory(n_bytes: int) -> str | None:
+    """Why a contender that needs so much is left out, None if there is enough."""
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, StopIteration):  # it counts what caches would give back
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (ValueError, OSError):
+        return None
+    allowed = min(available, float(os.environ.get("FASTAPD_BENCH_MEMORY", "inf")))
+    if n_bytes <= allowed:
+        return None
+    return f"it holds about {n_bytes / 2**30:.1f} GiB at once and {allowed / 2**30:.1f} GiB may be used"
+
+
+@functools.lru_cache(maxsize=1)
+def cannot_compile() -> str | None:
+    """Why torch.compile cannot be timed here, None if it can: on a CPU it needs a C++ compiler."""
+    try:
+        torch.compile(lambda x: (x + 1).sum(), dynamic=False)(torch.zeros(8))
+    except Exception as error:  # whatever the compiler or its driver raise
+        return f"torch.compile fails here: {str(error).splitlines()[0]}"
+    return None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function of fixed shapes; skips with the reason where that cannot be had."""
+    if (reason := cannot_compile()) is not None:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+# --------------------------------------------------------------------------------------------------------- measurement
+
+
+class Seen(NamedTuple):
+    """What one call took and held.
+
+    Attributes:
+        seconds: CPU time, the watching included.
+        peak_bytes: The most that torch's allocator held at once beyond what was there before; native scratch memory is
+            not seen. None if unknown.
+        resident_bytes: By how much the memory of the process grew at most, native scratch included. Freed memory is
+            given back first; what the C library keeps all the same can be used again unseen, so that this may be less
+            than what was held. None where the system does not say.
     """
+
+    seconds: float
+    peak_bytes: int | None
+    resident_bytes: int | None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def watch(call: Callable[[], Any]) -> tuple[Any, Seen]:
+    """The result of one call, and what it took."""
     from torch.profiler import ProfilerActivity, profile
 
+    before: int | None = None
+    with contextlib.suppress(OSError, AttributeError, StopIteration):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident
+        before = _status("VmRSS")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+        started = time.process_time()
+        result = call()
+        seconds = time.process_time() - started
+    resident = None if before is None else max(_status("VmHWM") - before, 0)
     results = getattr(profiler.profiler, "kineto_results", None)
     if results is None:
-        return None
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        return result, Seen(seconds, None, resident)
     held = peak = 0
-    for event in events:
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return result, Seen(seconds, peak or None, resident)  # nothing at all: another thread worked, which is not seen
 
 
-def measure(benchmark: Any, group: str, call: Callable[[], Any], seconds: float | None = None, **info: Any) -> None:
+def measure(benchmark: Any, group: str, call: Callable[[], Any], seen: Seen, **info: Any) -> None:
     """Times a call that was found to agree.
 
     Args:
         group: "<op>/<case>".
         call: What is timed.
-        seconds: What one call took, if known.
+        seen: What one call took.
         info: For `extra_info`: contender, direction, fastapd (what of fastapd it is: "chosen", "forced" or ""), flops
             and bytes of the formula, the same for all contenders, so that they are rates of useful work.
     """
     benchmark.group = group
-    benchmark.extra_info.update(info, threads=torch.get_num_threads(), dtype="float32")
-    if seconds is None:
-        started = time.process_time()
-        call()
-        seconds = time.process_time() - started
-    if (peak := peak_bytes(call)) is not None:
-        benchmark.extra_info["peak_bytes"] = peak
-    if seconds > SLOW_SECONDS:
-        rounds = max(3, math.ceil(SLOW_TOTAL_SECONDS / seconds))
-        benchmark.pedantic(call, rounds=rounds, iterations=1)
+    memory = {k: v for k, v in seen._asdict().items() if k != "seconds" and v is not None}
+    benchmark.extra_info.update({"threads": torch.get_num_threads(), "dtype": "float32", **info, **memory})
+    if seen.seconds > SLOW_SECONDS:
+        benchmark.pedantic(call, rounds=max(2, math.ceil(SLOW_TOTAL_SECONDS / seen.seconds)), iterations=1)
     else:
         benchmark(call)
 
@@ -193,30 +275,34 @@ def compete(
     op: str,
     name: str,
     direction: str,
-    case: Case,
+    case: Case | Layer,
     contender: Contender,
-    expected: Answer,
+    expected: Answer | None,
     default: str,
     flops: int,
     n_bytes: int,
+    output_tolerance: float = TOLERANCE,
 ) -> None:
     """Checks one contender against the reference in float64, then times it.
 
     Args:
         op: The stem.
         name: The contender's.
-        expected: Output and gradients; the latter are left out for the forward direction.
-        default: The backend that fastapd takes here by itself.
+        expected: Output and gradients; the latter are left out for the forward direction. None for what is no
+            contender but a bound, the library's share of the work.
+        default: The backend that fastapd takes here by itself, or "fastapd" if the contender names none.
         flops, n_bytes: Of the formula in this direction.
+        output_tolerance: Of the output; that of gradients is always the same.
     """
     with with_backend(name):
         call = contender.call(direction)
-        started = time.process_time()
-        result = call()
-        seconds = time.process_time() - started
-        got = contender.canonical(result)
-        assert_agrees(f"{op} by {name} on {case.name}", got, expected[: len(result)])
-        del result, got
-        ours = "" if name not in backends.BACKENDS else "chosen" if name == default else "forced"
+        if name == "torch_compile":
+            call()
+        result, seen = watch(call)
+        if expected is not None:
+            assert_agrees(f"{op} by {name} on {case.name}", contender, result, expected, output_tolerance)
+        del result
+        ours = "chosen" if name == default else "forced" if name in backends.BACKENDS else ""
         info = {"contender": name, "direction": direction, "fastapd": ours, "flops": flops, "bytes": n_bytes}
-        measure(benchmark, f"{op}/{case.name}", call, seconds, **info)
+        info["floor_seconds"] = machine.floor_seconds(flops, n_bytes)
+        measure(benchmark, f"{op}/{case.name}", call, seen, **info)

@@ -5,13 +5,8 @@ Layout and storage are fastapd's own: activations [I, b, ..], factors At [I, C, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-CHUNK_ELEMENTS = 1 << 19
-"""What stays in the cache: attributions go through the batch in pieces of this many elements, which is their best."""
 
 EPS = 1e-16
 
@@ -85,6 +80,18 @@ def forward_rows(x: Tensor, At: Tensor, B: Tensor, rows: Tensor) -> Tensor:
     return out.view(n_instances, batch + 1, -1)[:, :batch]
 
 
+def forward_bags(x: Tensor, At: Tensor, B: Tensor, sample: Tensor, component: Tensor, bags: Tensor) -> Tensor:
+    """For rank one and one instance: the library's sums of weighted rows of B, one bag a sample.
+
+    Args:
+        sample, component: Of the selected pairs, sorted by sample.
+        bags: Where the pairs of each sample start.
+    """
+    u = torch.linalg.vecdot(x[0].index_select(0, sample), At[0, :, 0].index_select(0, component))
+    y = torch.nn.functional.embedding_bag(component, B[0, :, 0], bags, mode="sum", per_sample_weights=u)
+    return y.unsqueeze(0)
+
+
 # ---------------------------------------------------------------------------------------------------------- simplicity
 
 
@@ -95,146 +102,18 @@ def schatten(At: Tensor, B: Tensor, counts: Tensor, batch: int, p: float) -> Ten
     return on + (batch - counts).sum(-1) * (At.shape[-2] * EPS ** (p / 2))
 
 
-# -------------------------------------------------------------------------------------------------------- attributions
+def schatten_exact(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
+    """From singular values, by the eigenvalues of one Gram matrix in the basis of the other's factor; [I].
 
-
-def _pieces(batch: int, per_sample: int) -> list[slice]:
-    step = max(64, CHUNK_ELEMENTS // per_sample)
-    return [slice(b, b + step) for b in range(0, batch, step)]
-
-
-def output_gradients(output: Tensor, layer_outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of every output by the layers' outputs, [I, b, n_outputs, d_out]: one pass, vectorised over outputs."""
-    directions = torch.eye(output.shape[-1])[:, None, None].expand(-1, *output.shape)
-    gradients = torch.autograd.grad(output, list(layer_outputs), directions, is_grads_batched=True)
-    return [g.permute(1, 2, 0, 3) for g in gradients]
-
-
-def attributions_stacked(
-    xs: Sequence[Tensor], gs: Sequence[Tensor], Ats: Sequence[Tensor], Bs: Sequence[Tensor]
-) -> Tensor:
-    """All layers side by side: one product with [b, n_outputs, sum d_out]; the A_c B_c are materialised."""
-    n_instances, batch, _ = xs[0].shape
-    n_components = Bs[0].shape[1]
-    P = [(At.mT @ B).transpose(1, 2).flatten(2) for At, B in zip(Ats, Bs, strict=True)]  # [I, d_in, C d_out]
-    out = []
-    for piece in _pieces(batch, n_instances * n_components * sum(B.shape[-1] for B in Bs)):
-        z = [(x[:, piece] @ P_l).unflatten(-1, (n_components, -1)) for x, P_l in zip(xs, P, strict=True)]
-        T = torch.cat(z, -1) @ torch.cat([g[:, piece] for g in gs], -1).mT  # [I, b, C, n_outputs]
-        out.append(T.square().sum(-1))
-    return torch.cat(out, 1)
-
-
-def attributions_factored(
-    xs: Sequence[Tensor], gs: Sequence[Tensor], Ats: Sequence[Tensor], Bs: Sequence[Tensor]
-) -> Tensor:
-    """Layer by layer through the factors, (x A_c) B_c: better than the stacked form for large matrices."""
-    n_instances, batch, _ = xs[0].shape
-    n_components, rank = Bs[0].shape[1:3]
-    out = []
-    for piece in _pieces(batch, n_instances * n_components * sum(B.shape[-1] for B in Bs)):
-        T: Tensor | None = None
-        for x, g, At, B in zip(xs, gs, Ats, Bs, strict=True):
-            u = (x[:, piece] @ At.flatten(1, 2).mT).unflatten(-1, (n_components, rank))
-            z = (u.transpose(1, 2) @ B).transpose(1, 2)  # [I, b, C, d_out]
-            t = z @ g[:, piece].mT
-            T = t if T is None else T + t
-        assert T is not None
-        out.append(T.square().sum(-1))
-    return torch.cat(out, 1)
-
-
-def tms_attributions(x: Tensor, W: Tensor, bias: Tensor, At: Tensor, B: Tensor) -> Tensor:
-    """For relu(x W W^T + b) alone: a component's effect before the ReLU is x (P_c W^T + W P_c^T)."""
-    n_components, n_features = At.shape[1], x.shape[-1]
-    PW = At.mT @ (B @ W.mT.unsqueeze(1))
-    M = (PW + PW.mT).transpose(1, 2).flatten(2)  # [I, F, C F]
-    out = []
-    for piece in _pieces(x.shape[1], len(x) * n_components * n_features):
-        on = torch.baddbmm(bias, x[:, piece] @ W, W.mT) > 0
-        effect = (x[:, piece] @ M).unflatten(-1, (n_components, n_features)) * on.unsqueeze(2)
-        out.append(effect.square_().sum(-1))
-    return torch.cat(out, 1)
-
-
-def residual_attributions(
-    x: Tensor, W_E: Tensor, W_U: Tensor, weights: Sequence[Tensor], Ats: Sequence[Tensor], Bs: Sequence[Tensor]
-) -> Tensor:
-    """For a residual MLP of one ReLU layer: effects of the output matrix are h P_c W_U, the others pass the slope."""
-    (W_in, W_out), (At_in, At_out), (B_in, B_out) = weights, Ats, Bs
-    n_components, n_outputs = At_in.shape[1], W_U.shape[-1]
-    PU = (At_out.mT @ (B_out @ W_U.unsqueeze(1))).transpose(1, 2).flatten(2)  # [I, d_mlp, C n_outputs]
-    onward = (W_out @ W_U).unsqueeze(1)  # [I, 1, d_mlp, n_outputs]
-    out = []
-    for piece in _pieces(x.shape[1], len(x) * n_components * n_outputs):
-        r = x[:, piece] @ W_E
-        h = r @ W_in
-        u = (r @ At_in.flatten(1, 2).mT).unflatten(-1, (n_components, -1)).transpose(1, 2)
-        z = (u @ B_in).transpose(1, 2) * (h > 0).unsqueeze(2)  # [I, b, C, d_mlp]
-        effect = z @ onward + (h.relu() @ PU).unflatten(-1, (n_components, n_outputs))
-        out.append(effect.square_().sum(-1))
-    return torch.cat(out, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- the whole step
-
-
-class TMSStep:
-    """One training step on a toy model of superposition from the forms above, with a fused optimiser.
-
-    Args:
-        W, bias: Of the target, [I, n_features, n_hidden] and [I, 1, n_features].
-        At, B: Initial factors of the first layer; the second has them with roles swapped.
-        n_pairs: Selected pairs of each instance.
-        p: Exponent of the Schatten term.
-        coefficients: Of faithfulness, minimality and simplicity.
-        tangent: Attributions written by hand for this architecture, rather than from autograd.
+    A_c B_c has the singular values of L^T A^T A L with B B^T = L L^T, in float64: in float32 the squares lose them.
     """
+    At, B = At.double(), B.double()
+    L = torch.linalg.cholesky(B @ B.mT)
+    values = torch.linalg.eigvalsh(L.mT @ (At @ At.mT) @ L).clamp_min(0)
+    return (counts * (values + EPS).pow(p / 2).sum(-1)).sum(-1).float()
 
-    def __init__(
-        self,
-        W: Tensor,
-        bias: Tensor,
-        At: Tensor,
-        B: Tensor,
-        n_pairs: int,
-        p: float,
-        coefficients: tuple[float, float, float],
-        tangent: bool,
-    ) -> None:
-        self.W, self.bias = W.detach().clone(), bias.detach().clone()
-        self.At = At.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        self.B = B.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        self.n_pairs, self.p, self.coefficients, self.tangent = n_pairs, p, coefficients, tangent
-        self.optimiser = torch.optim.AdamW([self.At, self.B], lr=0.0, weight_decay=0.0, fused=True)
 
-    def _attributions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's output and the attributions."""
-        W, bias, At, B = self.W, self.bias, self.At.detach(), self.B.detach()
-        if self.tangent:
-            output = torch.baddbmm(bias, x @ W, W.mT).relu()
-            return output, tms_attributions(x, W, bias, At, B)
-        hidden = (x @ W).requires_grad_()
-        before = hidden @ W.mT
-        output = (before + bias).relu()
-        gradients = output_gradients(output, [hidden, before])
-        with torch.no_grad():
-            return output.detach(), attributions_stacked([x, hidden.detach()], gradients, [At, B], [B, At])
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The total, the three terms and the rows of the selection."""
-        self.optimiser.zero_grad(set_to_none=True)
-        batch, At, B = x.shape[1], self.At, self.B
-        output, scores = self._attributions(x)
-        rows = topk_rows(scores, self.n_pairs)
-        masked = forward_rows(forward_rows(x, At, B, rows), B, At, rows)
-        n_params = self.W[0].numel()  # both layers double the sum and the count alike
-        terms = [
-            component_sum_loss(At, B, self.W) / n_params,
-            ((masked + self.bias).relu() - output).square().mean((-2, -1)),
-            schatten(At, B, counts_of_rows(rows, batch), batch, self.p) / (n_params * batch),
-        ]
-        total = sum((c * term.mean() for c, term in zip(self.coefficients, terms, strict=True)), x.new_zeros(()))
-        total.backward()
-        self.optimiser.step()
-        return total, terms, rows
+def svdvals_of_products(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
+    """The same from the library's singular values of the products, which are formed; [I]."""
+    values = torch.linalg.svdvals(At.mT @ B)[..., : B.shape[-2]]  # the others are zero but for rounding
+    return (counts * (values.square() + EPS).pow(p / 2).sum(-1)).sum(-1)

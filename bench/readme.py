@@ -2,6 +2,7 @@
 
     python bench/readme.py                          rewrites the tables from bench/results
     python bench/readme.py --demo RUN [RUN ...]     first keeps the outcome of demo runs as bench/results/demo.json
+    python bench/readme.py --check                  only says whether the tables are those of bench/results
 
 A test holds the README against what this prints.
 """
@@ -11,59 +12,94 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a file: the folder above is not on the path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import goals, results, tables
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+
 
 STEPS = {
     "step/tms_5-2_b256": "TMS 5-2, 12 instances, batch 256 (the demo)",
     "step/tms_5-2_b2048": "TMS 5-2, 12 instances, batch 2048",
     "step/tms_40-10_b2048": "TMS 40-10, 3 instances, C 50, batch 2048",
+    "step/resid_b256": "residual MLP, 1 layer, C 130, rank 50, batch 256",
+    "step/resid_b2048": "residual MLP, 1 layer, C 130, rank 50, batch 2048",
+    "step/resid_m4_b256": "residual MLP, 1 layer, C 130, rank 4, batch 256",
+    "step/resid2_b2048": "residual MLP, 2 layers, C 200, rank 25, batch 2048",
 }
 
 
-def latest() -> Path:
-    """The newest results of pytest-benchmark, by the date and time inside."""
-    found = [(json.loads(path.read_text())["datetime"], path) for path in RESULTS.glob("20*.json")]
-    return max(found)[1]
+def _machine(found: dict[str, Any], path: Path) -> list[str]:
+    machine = found["machine_info"]
+    return [
+        f"CPU time of one thread, {machine['dtype']}, {machine['cpu']['brand_raw']}, torch {machine['torch']};",
+        "ratios within one run, on the same inputs. The research formulation is our rewriting of what the APD",
+        f"repository computes (`bench/upstream.py`). From `bench/results/{path.name}`.",
+    ]
 
 
 def bench_table() -> str:
     """Whole training steps beside the research code's formulation and plain torch."""
-    path = latest()
-    results = json.loads(path.read_text())
-    medians: dict[str, dict[str, float]] = {}
-    for b in results["benchmarks"]:
-        medians.setdefault(b["group"], {})[b["extra_info"]["contender"]] = b["stats"]["median"]
-    machine = results["machine_info"]
-    rows = []
+    path = results.latest()
+    assert path is not None, "results are committed"
+    found = results.load(path)
+    table = results.table(results.rows(found))
+    rows, near = [], {n.group: n for n in goals.faithfulness_of_upstream(table)}
     for group, name in STEPS.items():
-        times = medians[group]
-        plain = min(t for contender, t in times.items() if contender.startswith("torch"))
-        ours = times["fastapd"]
-        cells = (f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (times["upstream"], plain, ours))
-        rows.append(f"| {name} | {' | '.join(cells)} | {times['upstream'] / ours:.1f}x | {plain / ours:.2f}x |")
-    return "\n".join(
-        [
-            "| whole training step | research formulation | strongest plain torch | fastapd | against the research "
-            "formulation | against plain torch |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-            f"CPU time of one thread, {machine['dtype']}, {machine['cpu']['brand_raw']}, torch {machine['torch']};",
-            "same inputs, agreement of losses, masks and gradients asserted first. The research formulation is our",
-            "rewriting of what the APD repository computes; plain torch is the fastest formulation we know, written by",
-            "hand for this model, with tangents in place of output gradients: fastapd does not have that form yet.",
-            f"From `bench/results/{path.name}`, where every operation stands too.",
+        contenders = table.get((group, "step"), {})
+        mine, theirs, plain = (
+            results.ours(contenders),
+            *(results.baseline(contenders, n) for n in ("upstream", "torch")),
+        )
+        if mine is None or plain is None:
+            continue
+        times = [results.seconds(row.median) if row else "-" for row in (theirs, plain, mine)]
+        against = f"{theirs.median / mine.median:.1f}x" if theirs else "-"
+        rows.append(f"| {name} | {' | '.join(times)} | {against} | {plain.median / mine.median:.2f}x |")
+    lines = [
+        "| whole training step | research formulation | strongest plain torch | fastapd | against the research "
+        "formulation | against plain torch |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *_machine(found, path),
+        "Agreement of losses, attributions, masks and gradients is asserted first. Plain torch is the fastest",
+        "formulation we know, written by hand for each model.",
+    ]
+    if near:
+        low, high = min(n.ratio for n in near.values()), max(n.ratio for n in near.values())
+        lines += [
+            f"The APD repository's own code, run beside it: our rewriting takes {low:.2f} to {high:.2f} of its time."
         ]
-    )
+    return "\n".join(lines)
+
+
+def goals_table() -> str:
+    """Every goal of the CPU path and how it came out, for results that have been held against them."""
+    path = results.latest()
+    assert path is not None, "results are committed"
+    found = results.load(path)
+    if "constants" not in found["machine_info"]:
+        return "The kept results are older than the goals."
+    table = results.table(results.rows(found))
+    lines = [[*line[:4], line[4] or "-"] for line in tables.goal_lines(table)]
+    shown = [
+        "| what | against | goal | measured | |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(l)} |" for l in lines),
+    ]
+    return "\n".join([*shown, "", *_machine(found, path)])
 
 
 def demo_table() -> str:
     """What the demo ended with, and how often it recovered."""
-    demo = json.loads((RESULTS / "demo.json").read_text())
+    demo = json.loads((results.RESULTS / "demo.json").read_text())
     first = demo["runs"][0]
     widths = [max(len(str(r[i])) for r in [first["columns"], *first["rows"]]) for i in range(len(first["columns"]))]
 
@@ -103,12 +139,12 @@ def collect_demo(runs: list[Path]) -> None:
         "fastapd": environment["fastapd"],
         "runs": kept,
     }
-    (RESULTS / "demo.json").write_text(json.dumps(out, indent=1) + "\n")
+    (results.RESULTS / "demo.json").write_text(json.dumps(out, indent=1) + "\n")
 
 
 def render(text: str) -> str:
     """The README with its tables filled in."""
-    for name, table in (("demo", demo_table()), ("bench", bench_table())):
+    for name, table in (("demo", demo_table()), ("bench", bench_table()), ("goals", goals_table())):
         text = re.sub(
             rf"<!-- {name} -->.*?<!-- /{name} -->",
             lambda _, name=name, table=table: f"<!-- {name} -->\n{table}\n<!-- /{name} -->",
@@ -118,15 +154,23 @@ def render(text: str) -> str:
     return text
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", nargs="+", type=Path, metavar="RUN", help="run directories of `fastapd demo`")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is another one")
     options = parser.parse_args()
     if options.demo:
         collect_demo(options.demo)
     readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    before = readme.read_text()
+    after = render(before)
+    if not options.check:
+        readme.write_text(after)
+    elif after != before:
+        print("the tables of README.md are not those of bench/results: run python bench/readme.py")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
