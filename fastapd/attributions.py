@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -59,15 +61,33 @@ def _gradient_squares(model: ComponentModel, record: Record) -> Float[Tensor, "I
         assert not isinstance(model.chain, str)
         rows = model.sites[0].to_instances
         return planning.attributions(plan, model.form(record.found), model.chain, record.found, model.components, rows)
-    gradients = output_gradients(record)
+    gradients = {name: g.detach() for name, g in output_gradients(record).items()}
     names = [site.name for site in model.sites]
     factors = [model.components.factors(name) for name in names]
+    gs = [gradients[name] for name in names]
+    n_outputs, width = gs[0].shape[2], sum(g.shape[3] for g in gs)
+    if model.components.n_components * (n_outputs - width) > REDUCTION_COST * n_outputs * width:
+        gs = reduced_gradients(gs)
     return attribution_reduce(
-        [record.inputs[name] for name in names],
-        [gradients[name].detach() for name in names],
-        [A for A, _ in factors],
-        [B for _, B in factors],
+        [record.inputs[name] for name in names], gs, [A for A, _ in factors], [B for _, B in factors]
     )
+
+
+REDUCTION_COST = 8
+"""How much dearer an operation of a small QR factorisation is than one of the attributions it saves."""
+
+
+def reduced_gradients(gs: Sequence[Float[Tensor, "I b o d_out"]]) -> list[Float[Tensor, "I b r d_out"]]:
+    """Fewer outputs that give the same attributions: sum_o <z, g_o>² is |G z|² = |R z|² for every z, with G = Q R.
+
+    Args:
+        gs: Gradients of every output by the layers' outputs; more outputs than the layers are wide together.
+
+    Returns:
+        r = sum d_out rows in place of the outputs.
+    """
+    R = torch.linalg.qr(torch.cat(list(gs), -1), mode="r").R  # [I, b, r, sum d_out]
+    return list(R.split([g.shape[-1] for g in gs], -1))
 
 
 @torch.no_grad()

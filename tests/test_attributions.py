@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from fastapd import attributions
 from fastapd.attributions import activation_attributions, gradient_attributions, output_gradients
 from fastapd.components import Components
 from fastapd.experiments.tms import TMS
 from fastapd.model import ComponentModel, find_sites
+from fastapd.ops import attribution_reduce
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -176,3 +178,29 @@ def test_activation_attributions_follow_the_definition():
         found = activation_attributions(model.components, record)
         torch.testing.assert_close(found, expected, **CLOSE)
         assert found.requires_grad and (found >= 0).all()
+
+
+def test_more_outputs_than_the_layers_are_wide_are_reduced(monkeypatch):
+    """Through a softmax, which is no chain, so that gradients of all outputs are taken; by hand without reduction."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(4, 3).double(), nn.Linear(3, 40).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.narrow(x)).softmax(-1)
+
+    model = _model(Head(), ["narrow"], n_components=200)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    assert model.plan(x).form == "reverse"
+    seen = []
+    monkeypatch.setattr(
+        attributions, "attribution_reduce", lambda *args: seen.append(args[1][0].shape) or attribution_reduce(*args)
+    )
+    found = _gradient(model, x)
+    record = model.record_target(x, differentiable=True)
+    A, B = model.components.factors("narrow")
+    expected = attribution_reduce([record.inputs["narrow"]], [output_gradients(record)["narrow"].detach()], [A], [B])
+    torch.testing.assert_close(found, expected.detach(), **CLOSE)
+    assert seen == [(1, 6, 3, 3)], "40 outputs, 3 numbers to reduce"

@@ -231,7 +231,8 @@ bool attribution_tangent(const TangentProgram<T>& p, T* out, int threads) {
   const int64_t blocks = (p.n.batch + kBlock<T> - 1) / kBlock<T>;
   Failure failure;
   threads = worth(p.n.n_instances * p.n.batch * p.n.n_components * work_of(p), threads);
-  parallel_for(p.n.n_instances * blocks, 4, threads, [&](int64_t begin, int64_t end) {
+  const int64_t jobs = p.n.n_instances * blocks, grain = jobs >= 64 ? 4 : 1;
+  parallel_for(jobs, grain, threads, [&](int64_t begin, int64_t end) {
     Layout<T> layout(p);
     const Workspace<T> work((layout.given + layout.projected + layout.tangents) * kBlock<T>);
     if (!layout.ok() || work.data == nullptr) return failure.set();
