@@ -116,8 +116,8 @@ struct ForwardSizes {
   /* scores [I, b, C] -> the `capacity` largest of each instance, or counts[i] of them (counts null or [I]; the rest  */ \
   /* of the lists is zero), or, if k >= 0, the k largest of each sample (capacity = k b). Ties: lowest flat index;     */ \
   /* NaN largest; +-0 equal. thresholds null (always if k >= 0) or [I]: a hint of the smallest selected score of each  */ \
-  /* instance, not finite for none, and then that score. False: no memory for the workspace (at most 2 b*C keys and    */ \
-  /* as many indices). */                                                                                              \
+  /* instance, not finite for none, and then that score. False: no memory for the workspace (about 4 K keys and as   */ \
+  /* many indices; about b*C of each if neither hint nor sample tells where to start). */                              \
   template <class T>                                                                                                   \
   bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,         \
                   int64_t capacity, const int64_t* counts, int64_t k, T* thresholds, int threads);                     \

@@ -212,11 +212,17 @@ inline int pieces_of(int64_t n, int threads) {
   return pieces < 1 ? 1 : pieces < kMostPieces ? static_cast<int>(pieces) : kMostPieces;
 }
 
-// The same of all scores[0:n] above the limit, in as many pieces, each of which needs the same room.
+// The room that list_above needs for each of its pieces.
+inline int64_t room_of(int64_t n, int64_t most, int pieces) {
+  const int64_t length = (n + pieces - 1) / pieces;
+  return (length < most ? length : most) + kSlack;
+}
+
+// The same of all scores[0:n] above the limit, in as many pieces.
 template <class T>
 int64_t list_above(const T* scores, int64_t n, T limit, int64_t most, int32_t* index, Key<T>* keys, int pieces) {
   if (pieces == 1) return list<kAbove>(scores, 0, n, limit, most, index, keys);
-  const int64_t length = (n + pieces - 1) / pieces, room = most + kSlack;
+  const int64_t length = (n + pieces - 1) / pieces, room = room_of(n, most, pieces);
   int64_t counts[kMostPieces] = {};
   parallel_for(pieces, 1, pieces, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
@@ -411,7 +417,7 @@ inline void merge(const int32_t* left, int64_t n_left, const int32_t* right, int
 // low for that, or so high that there are too few even with those that are equal to it.
 template <class T>
 Outcome select_above(Batch<T>* batch, T floor, int64_t most, int32_t* selected) {
-  const int64_t wanted = batch->wanted, room = batch->pieces * (most + kSlack);
+  const int64_t wanted = batch->wanted, room = batch->pieces * room_of(batch->n, most, batch->pieces);
   const Workspace<int32_t> indices(room);
   const Workspace<Key<T>> of_listed(room + spare_keys(most));
   int32_t* index = indices.data;
