@@ -298,6 +298,40 @@ inline void apply(const double* h, const float* f, int64_t m, int64_t d, float* 
   }
 }
 
+// ------------------------------------------------------------------------------------------------- the factored form
+
+inline double squared_length(const float* a, int64_t n) {
+  Lanes sum[4] = {Lanes{}, Lanes{}, Lanes{}, Lanes{}};
+  int64_t i = 0;
+  for (; i + 4 * kGroup <= n; i += 4 * kGroup) {
+    FASTAPD_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      const Lanes x = widened(a + i + v * kGroup);
+      sum[v] += x * x;
+    }
+  }
+  for (; i + kGroup <= n; i += kGroup) {
+    const Lanes x = widened(a + i);
+    sum[0] += x * x;
+  }
+  double total = sum_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < n; ++i) total += static_cast<double>(a[i]) * static_cast<double>(a[i]);
+  return total;
+}
+
+// out = factor a, or added to out.
+inline void scaled(const float* a, double factor, int64_t n, bool accumulate, float* out) {
+  int64_t i = 0;
+  if (accumulate)
+    for (; i + kGroup <= n; i += kGroup) narrow(out + i, widened(out + i) + factor * widened(a + i));
+  else
+    for (; i + kGroup <= n; i += kGroup) narrow(out + i, factor * widened(a + i));
+  for (; i < n; ++i) {
+    const double value = factor * static_cast<double>(a[i]);
+    out[i] = static_cast<float>(accumulate ? static_cast<double>(out[i]) + value : value);
+  }
+}
+
 // --------------------------------------------------------------------------------- across components, one in each lane
 
 // G [m, m], upper triangle, becomes R with R^T R = G / trace. Returns the trace.

@@ -310,6 +310,28 @@ def test_component_svdvals_resolve_small_values(backend, condition, m):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-15 * m)
 
 
+@each_dtype
+@pytest.mark.parametrize("cpu_level", ["baseline", "avx2", "avx512"], indirect=True)
+def test_schatten_of_a_component_does_not_depend_on_its_neighbours(cpu_level, dtype):
+    """Vector lanes hold a component each, whatever it needs: few sweeps or many, or another algorithm."""
+    rng = np.random.default_rng(17)
+    parts = [edge_factors(edge, dtype) for edge in ("plain", "duplicate_columns", "zero_columns", "graded_columns")]
+    for condition in (1e2, 1e6, 1e10):
+        A, B = conditioned(rng, condition, 4)
+        parts.append((A[:, :9].to(dtype), B[..., :7].to(dtype)))
+    A, B = (torch.cat(ts) for ts in zip(*parts, strict=True))
+    counts = torch.arange(1, len(A) + 1)
+    together = loss_and_gradients(A, B, counts, 0.9, 1e-8)
+    order = torch.tensor(rng.permutation(len(A)))
+    turned = loss_and_gradients(A[order], B[order], counts[order], 0.9, 1e-8)
+    testing.assert_bit_equal(turned[1:], [t[order] for t in together[1:]])
+    values = ops.component_svdvals(A, B)
+    for c in range(len(A)):
+        alone = loss_and_gradients(A[c : c + 1], B[c : c + 1], counts[c : c + 1], 0.9, 1e-8)
+        testing.assert_bit_equal(alone[1:], [t[c : c + 1] for t in together[1:]])
+        testing.assert_bit_equal(ops.component_svdvals(A[c : c + 1], B[c : c + 1]), values[c : c + 1])
+
+
 # ------------------------------------------------------------------------------------------------------- properties
 
 
