@@ -12,7 +12,6 @@ from fastapd import _native
 from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._op import define, outside_autocast, with_instances
-from fastapd.reference.component_sum import component_sum as component_sum_reference
 
 
 def _check_sum(A: Tensor, B: Tensor) -> bool:
@@ -30,13 +29,19 @@ def _check_loss(A: Tensor, B: Tensor, target: Tensor, op: str = "component_sum_l
     return instances
 
 
+def _flat(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A [I, d_in, C m] and B [I, C m, d_out], with concatenated ranks: views in the house layout."""
+    n_instances, n_components, d_in, rank = A.shape
+    At = A.mT.reshape(n_instances, n_components * rank, d_in)
+    return At.mT, B.reshape(n_instances, n_components * rank, B.shape[3])
+
+
 def _factor_grads(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """dA = dW B^T, dB = A^T dW for all components at once: two GEMMs over the concatenated ranks."""
     n_instances, n_components, d_in, rank = A.shape
-    At = A.mT.reshape(n_instances, n_components * rank, d_in)  # a view in the house layout
-    flat_B = B.reshape(n_instances, n_components * rank, B.shape[-1])
-    grad_At = (flat_B @ grad_W.mT).view(n_instances, n_components, rank, d_in)
-    return grad_At.mT, (At @ grad_W).view(B.shape)
+    flat_A, flat_B = _flat(A, B)
+    grad_At = torch.bmm(flat_B, grad_W.mT).view(n_instances, n_components, rank, d_in)
+    return grad_At.mT, torch.bmm(flat_A.mT, grad_W).view(B.shape)
 
 
 def _sum_fake(A: Tensor, B: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def _loss_fake(A: Tensor, B: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def cpu_component_sum_loss(A: Tensor, B: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The library's GEMM, then `csrc/cpu/component_sum.cpp` turns the sum into the residual in place."""
     native: Any = _native.load("_C").module
-    residual, target = component_sum_reference(A, B).contiguous(), target.contiguous()
+    residual, target = torch.bmm(*_flat(A, B)), target.contiguous()
     loss = A.new_empty(A.shape[0])
     run = native.component_sum_loss_float32 if A.dtype == torch.float32 else native.component_sum_loss_float64
     size = target.shape[1] * target.shape[2]
@@ -105,9 +110,12 @@ def _save_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
     A, B, residual = ctx.saved_tensors
-    grad_W = torch.zeros_like(residual) if grad_residual is None else grad_residual
-    if grad_loss is not None:
-        grad_W = grad_W + 2 * grad_loss[:, None, None] * residual
+    if grad_loss is None:
+        grad_W = torch.zeros_like(residual) if grad_residual is None else grad_residual
+    else:
+        grad_W = residual * (2 * grad_loss)[:, None, None]
+        if grad_residual is not None:
+            grad_W = grad_W + grad_residual
     return (*_factor_grads(grad_W, A, B), -grad_W if ctx.needs_input_grad[2] else None)
 
 
