@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import constant, define, with_instances
+from fastapd.ops._op import define, with_instances
 
 
 class Selection(NamedTuple):
@@ -218,8 +218,8 @@ def batch_topk(
     instances = _check_topk("batch_topk", scores, K, per_sample=False, hint=hint)
     scores = scores.detach()
     if hint is None:
-        return _selection(instances, constant(_batch_topk, scores if instances else scores.unsqueeze(0), K))
-    found = constant(_batch_topk_warm, *((scores, hint) if instances else with_instances(scores, hint)), K)
+        return _selection(instances, _batch_topk(scores if instances else scores.unsqueeze(0), K))
+    found = _batch_topk_warm(*((scores, hint) if instances else with_instances(scores, hint)), K)
     hint.copy_(found[5] if instances else found[5].squeeze(0))
     return _selection(instances, found[:5])
 
@@ -237,7 +237,7 @@ def _batch_topk_each(scores: Tensor, counts: Tensor) -> Selection:
     values = counts.tolist()
     for value in values:
         _check_topk(op, scores, value, per_sample=False)
-    return Selection(*constant(_batch_topk_counts, scores.detach(), counts, max(values, default=0)))
+    return Selection(*_batch_topk_counts(scores.detach(), counts, max(values, default=0)))
 
 
 def sample_topk(scores: Float[Tensor, "*I b C"], k: int) -> Selection:
@@ -262,4 +262,4 @@ def sample_topk(scores: Float[Tensor, "*I b C"], k: int) -> Selection:
     """
     instances = _check_topk("sample_topk", scores, k, per_sample=True)
     scores = scores.detach()
-    return _selection(instances, constant(_sample_topk, scores if instances else scores.unsqueeze(0), k))
+    return _selection(instances, _sample_topk(scores if instances else scores.unsqueeze(0), k))

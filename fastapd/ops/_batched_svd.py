@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import PLAIN, call, define, no_double_backward, with_instances
+from fastapd.ops._op import PLAIN, define, no_double_backward, with_instances
 from fastapd.reference.batched_svd import component_svdvals_backward
 
 # ------------------------------------------------------------------------------------------------- singular values
@@ -328,7 +328,7 @@ def schatten_accumulate(
         written once, and not touched where a count is 0.
     """
     if not torch.compiler.is_compiling() and _is_plain(A, B, counts, p, eps, batch, scale, grad_At, grad_B):
-        return call("schatten_accumulate", A, B, counts, p, eps, batch, exact, scale, grad_At, grad_B)
+        return _schatten_accumulate(A, B, counts, p, eps, batch, exact, scale, grad_At, grad_B)
     _check_accumulate(A, B, counts, p, eps, batch, scale, grad_At, grad_B)
     return _schatten_accumulate(A, B, counts, float(p), float(eps), batch, exact, float(scale), grad_At, grad_B)
 

@@ -30,13 +30,19 @@ def _check_loss(A: Tensor, B: Tensor, target: Tensor, op: str = "component_sum_l
     return instances
 
 
+def _flat(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A [I, d_in, C m] and B [I, C m, d_out], with concatenated ranks: views in the house layout."""
+    n_instances, n_components, d_in, rank = A.shape
+    At = A.mT.reshape(n_instances, n_components * rank, d_in)
+    return At.mT, B.reshape(n_instances, n_components * rank, B.shape[3])
+
+
 def _factor_grads(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """dA = dW B^T, dB = A^T dW for all components at once: two GEMMs over the concatenated ranks."""
     n_instances, n_components, d_in, rank = A.shape
-    At = A.mT.reshape(n_instances, n_components * rank, d_in)  # a view in the house layout
-    flat_B = B.reshape(n_instances, n_components * rank, B.shape[-1])
-    grad_At = (flat_B @ grad_W.mT).view(n_instances, n_components, rank, d_in)
-    return grad_At.mT, (At @ grad_W).view(B.shape)
+    flat_A, flat_B = _flat(A, B)
+    grad_At = torch.bmm(flat_B, grad_W.mT).view(n_instances, n_components, rank, d_in)
+    return grad_At.mT, torch.bmm(flat_A.mT, grad_W).view(B.shape)
 
 
 def _sum_fake(A: Tensor, B: Tensor) -> Tensor:
@@ -103,8 +109,7 @@ LANES = 16
 
 def _sum_of(A: Tensor, B: Tensor) -> Tensor:
     """The sum as one product over the concatenated ranks; its columns fill the kernel's vectors if either side does."""
-    flat_A = A.transpose(1, 2).flatten(2) if not A.mT.is_contiguous() else A.mT.flatten(1, 2).mT  # [I, d_in, C m]
-    flat_B = B.flatten(1, 2)
+    flat_A, flat_B = _flat(A, B)
     if B.shape[3] < LANES and B.shape[3] < A.shape[2]:
         return thin_product(flat_B.mT, flat_A.mT).mT.contiguous()
     return thin_product(flat_A, flat_B)
@@ -118,9 +123,12 @@ def _save_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
     A, B, residual = ctx.saved_tensors
-    grad_W = torch.zeros_like(residual) if grad_residual is None else grad_residual
-    if grad_loss is not None:
-        grad_W = grad_W + 2 * grad_loss[:, None, None] * residual
+    if grad_loss is None:
+        grad_W = torch.zeros_like(residual) if grad_residual is None else grad_residual
+    else:
+        grad_W = residual * (2 * grad_loss)[:, None, None]
+        if grad_residual is not None:
+            grad_W = grad_W + grad_residual
     return (*_factor_grads(grad_W, A, B), -grad_W if ctx.needs_input_grad[2] else None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import maybe_current_level
 
 from fastapd import backends
 
@@ -26,9 +27,50 @@ PLAIN = (Tensor, torch.nn.Parameter)
 """Types of tensors that hold numbers and nothing else: no fakes, no subclasses."""
 
 
-def call(name: str, *args: Any) -> Any:
-    """What `torch.ops.fastapd.<name>` does on plain tensors under no_grad, without the cost of torch's dispatcher."""
-    return outside_autocast(backends.choose(name, args), *args)
+def _eager(
+    name: str,
+    op: Callable[..., Any],
+    run: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    gradient: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """The op without torch's dispatcher where nobody looks at it, which halves the cost of a small call.
+
+    Whoever compiles, traces, profiles, fakes, transforms or subclasses tensors gets `torch.ops.fastapd.<name>`.
+    """
+    function: Any = None
+    if gradient is not None:
+        assert setup_context is not None
+
+        def forward(ctx: Any, *args: Any) -> Any:  # with setup_context apart, torch inspects signatures at every call
+            outputs = run(*args)
+            setup_context(ctx, args, outputs)
+            return outputs
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+        function = type(name, (torch.autograd.Function,), members)
+
+    def call(*args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or maybe_current_level() is not None
+            or torch._C._get_tracing_state() is not None
+            or _profiler_enabled()
+        ):
+            return op(*args)
+        differentiable = False
+        for a in args:
+            for t in a if isinstance(a, list) else (a,):
+                if isinstance(t, Tensor):
+                    if type(t) not in PLAIN or t.device.type not in ("cpu", "cuda"):
+                        return op(*args)
+                    differentiable |= t.requires_grad
+        if not differentiable or not torch.is_grad_enabled():
+            return run(*args)
+        return op(*args) if function is None else function.apply(*args)
+
+    return call
 
 
 def define(
@@ -49,11 +91,11 @@ def define(
             require gradients.
 
     Returns:
-        The op, callable.
+        The op, callable; one of plain tensors is called without torch's dispatcher where that makes no difference.
     """
 
     def run(*args: Any) -> Any:
-        return call(name, *args)
+        return outside_autocast(backends.choose(name, args), *args)
 
     def gradient(ctx: Any, *grads: Tensor) -> Any:
         if backward is None:
@@ -69,7 +111,14 @@ def define(
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     if not written:
         torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_LIBRARY)
-        return op
+        takes_lists = any(isinstance(a.type, torch.ListType) for a in op._schema.arguments)
+        own = None if takes_lists or backward is None else gradient  # autograd.Function does not look into lists
+        return _eager(name, op, run, setup_context, own)
+
+    def run_in_place(*args: Any) -> Any:
+        result = run(*args)
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
 
     def refuse_gradients(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -81,7 +130,7 @@ def define(
 
     # torch takes no formula for an op that writes into its arguments, and would treat its outputs as constants
     _LIBRARY.impl(name, refuse_gradients, "Autograd")
-    return op
+    return _eager(name, op, run_in_place, None, None)
 
 
 def no_double_backward(op: str) -> None:
@@ -93,23 +142,3 @@ def no_double_backward(op: str) -> None:
 def with_instances(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors with a leading instance axis of size one."""
     return tuple(t.unsqueeze(0) for t in tensors)
-
-
-def constant(op: Any, *args: Any) -> Any:
-    """Calls an op without a gradient: its implementation at once, where nothing is there to see torch's op.
-
-    The dispatcher costs a call some 10 µs, as much as a small op itself. It stays where somebody needs it: compilers,
-    tracers, profilers, function transforms, and tensors and modes that bring dispatch rules of their own.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or _profiler_enabled()
-    ):
-        return op(*args)
-    for a in args:
-        if isinstance(a, Tensor) and (type(a) is not Tensor or a.is_meta):
-            return op(*args)
-    return outside_autocast(backends.choose(op.name().removeprefix("fastapd::"), args), *args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastapd import _native
 from fastapd.ops import _check
-from fastapd.ops._op import constant, define
+from fastapd.ops._op import define
 
 
 def cpu_unit_norm(rows: Tensor) -> None:
@@ -59,7 +59,7 @@ def unit_norm(rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     """
     _check_rows("unit_norm", rows=rows)
     with torch.no_grad():
-        constant(_unit_norm, rows.detach())
+        _unit_norm(rows)
     return rows
 
 
@@ -72,5 +72,5 @@ def remove_along(grad: Float[Tensor, "... d"], rows: Float[Tensor, "... d"]) -> 
     """
     _check_rows("remove_along", grad=grad, rows=rows)
     with torch.no_grad():
-        constant(_remove_along, grad.detach(), rows.detach())
+        _remove_along(grad, rows)
     return grad
