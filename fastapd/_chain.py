@@ -91,15 +91,17 @@ class Chain(NamedTuple):
             n_instances: The leading axis that constants may have.
         """
         for step, value in zip(self.steps, values, strict=True):
-            if step.kind in ("add", "shift", "elementwise") and any(values[k].shape != value.shape for k in step.sources):
+            shapes = {values[k].shape for k in step.sources} if step.kind in ("add", "shift", "elementwise") else set()
+            if shapes - {value.shape}:
                 return f"{step.name} broadcasts a value"
-            for get, least in ((step.matrix, 2), (step.constant, 0)):
-                shape = None if get is None else get().shape
-                if shape is None:
-                    continue
-                leading = (1,) * (2 - len(shape[:-1])) + shape[:-1]
-                rows = 1 if least == 0 else leading[-1]
-                if not least <= len(shape) <= 3 or leading[0] not in (1, n_instances) or leading[-1] != rows:
+            if step.matrix is not None:
+                shape = step.matrix().shape
+                if not 2 <= len(shape) <= 3 or shape[:-2] not in ((), (1,), (n_instances,)):
+                    return f"{step.name} takes a constant of shape {list(shape)}"
+            if step.constant is not None:
+                shape = step.constant().shape
+                instances, rows = (1, 1, *shape[:-1])[-2:]
+                if len(shape) > 3 or instances not in (1, n_instances) or rows != 1:
                     return f"{step.name} takes a constant of shape {list(shape)}"
         return ""
 
