@@ -64,24 +64,18 @@ class Chain(NamedTuple):
 
     steps: list[Step]
 
-    before_sites: frozenset[int]
-    """The numbers of the values that no site has a part in."""
-
-    def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None) -> list[Tensor]:
+    def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
         """The values of all steps.
 
         Args:
             x: The target's input.
             layer: The output, bias included, of the site of that name for its input.
-            known: The values of an earlier run on the same input, of which those before all sites are taken over.
         """
         values: list[Tensor] = []
-        for number, step in enumerate(self.steps):
+        for step in self.steps:
             sources = [values[k] for k in step.sources]
             if step.kind == "input":
                 values.append(x)
-            elif known is not None and number in self.before_sites:
-                values.append(known[number])
             elif step.kind == "site":
                 values.append(layer(step.name, *sources))
             else:
@@ -97,17 +91,17 @@ class Chain(NamedTuple):
             n_instances: The leading axis that constants may have.
         """
         for step, value in zip(self.steps, values, strict=True):
-            if step.kind in ("add", "shift", "elementwise") and any(
-                values[k].shape != value.shape for k in step.sources
-            ):
+            shapes = {values[k].shape for k in step.sources} if step.kind in ("add", "shift", "elementwise") else set()
+            if shapes - {value.shape}:
                 return f"{step.name} broadcasts a value"
-            for get, least in ((step.matrix, 2), (step.constant, 0)):
-                shape = None if get is None else get().shape
-                if shape is None:
-                    continue
-                leading = (1,) * (2 - len(shape[:-1])) + shape[:-1]
-                rows = 1 if least == 0 else leading[-1]
-                if not least <= len(shape) <= 3 or leading[0] not in (1, n_instances) or leading[-1] != rows:
+            if step.matrix is not None:
+                shape = step.matrix().shape
+                if not 2 <= len(shape) <= 3 or shape[:-2] not in ((), (1,), (n_instances,)):
+                    return f"{step.name} takes a constant of shape {list(shape)}"
+            if step.constant is not None:
+                shape = step.constant().shape
+                instances, rows = (1, 1, *shape[:-1])[-2:]
+                if len(shape) > 3 or instances not in (1, n_instances) or rows != 1:
                     return f"{step.name} takes a constant of shape {list(shape)}"
         return ""
 
@@ -155,12 +149,7 @@ def trace(
     except Exception as error:  # tracing runs the target's own code on proxies: anything may come out of it
         text = str(error).strip().splitlines()
         raise NotAChainError(f"it cannot be traced: {type(error).__name__}: {text[0] if text else ''}") from error
-    steps = _Reader(target, sites, linears).read(graph)
-    before: set[int] = set()
-    for number, step in enumerate(steps):
-        if step.kind != "site" and before.issuperset(step.sources):
-            before.add(number)
-    return Chain(steps, frozenset(before))
+    return Chain(_Reader(target, sites, linears).read(graph))
 
 
 class _Reader:

@@ -97,9 +97,9 @@ def _tangent(
     into: list[dict[int, Tensor]] = [{} for _ in (*xs, *As)]
     for F, number, barrier in zip(Fs, terms[::2], terms[1::2], strict=True):
         into[number][barrier] = F
-    rows = [*((x, None) for x in xs), *((xs[k], A) for k, A in zip(lefts, As, strict=True))]
-    idle = [k for k in range(len(xs)) if not into[k] and k in lefts]  # only there for its left factors
-    sources = [ops.TangentSource(*row, into[k]) for k, row in enumerate(rows) if k not in idle]
+    inputs = [ops.TangentSource(x, None, into[k]) for k, x in enumerate(xs) if into[k] or k not in lefts]
+    factored = zip(lefts, As, into[len(xs) :], strict=True)
+    sources = [*inputs, *(ops.TangentSource(xs[k], A, reached) for k, A, reached in factored)]
     gate = dict(zip(gated, gates, strict=True))
     onward: list[dict[int, Tensor]] = [{} for _ in widths]
     for L, start, end in zip(links, ends[::2], ends[1::2], strict=True):
