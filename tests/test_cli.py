@@ -100,8 +100,15 @@ def test_cli_every_command_has_help(args, capsys):
 
 
 @pytest.mark.parametrize(
-    "args", [["demo", "--nope"], ["demo", "--steps", "many"], ["run", "tms_5-2", "--nope", "1"], ["info", "now"],
-             ["plan", "tms_5-2", "--nope", "1"], ["plan", "tms_5-2", "--batch", "many"]],  # fmt: skip
+    "args",
+    [
+        ["demo", "--nope"],
+        ["demo", "--steps", "many"],
+        ["run", "tms_5-2", "--nope", "1"],
+        ["info", "now"],
+        ["plan", "tms_5-2", "--nope", "1"],
+        ["plan", "tms_5-2", "--batch", "many"],
+    ],
 )
 def test_cli_wrong_options_exit_2(args, capsys):
     assert _main(args) == 2

@@ -143,7 +143,8 @@ TARGETS: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] =
             (9, 4)),
     "mlp with an end": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Sigmoid()), ["[02]"],
                         (9, 4)),
-    "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 3, bias=False)), ["*[012]"], (9, 4)),
+    "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 3, bias=False)), ["*[012]"],
+               (9, 4)),
     "one site of three": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ELU(), nn.Linear(5, 6), nn.Mish(), nn.Linear(6, 3)),
                           ["2"], (9, 4)),
     "first and last": (lambda: nn.Sequential(nn.Linear(4, 5), nn.SELU(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -696,7 +697,7 @@ def _peak_bytes(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("minimality", [False, True])
 def test_planning_materialises_nothing_of_every_sample_and_component(minimality):
-    """Neither [batch, C, width] nor [batch, n_outputs, width] is there at any time; what is: inputs, factors, result."""
+    """Neither [batch, C, width] nor [batch, n_outputs, width] is ever there; what is: inputs, factors, result."""
     batch, C, d = 256, 64, 32
     target = ResidualMLP(1, d, d, d, 2).requires_grad_(False)
     for t in (*target.parameters(), *target.buffers()):

@@ -34,7 +34,9 @@ def test_readme_tables_are_those_of_the_committed_results():
     assert readme.render(README) == README, "run python bench/readme.py"
 
 
-@pytest.mark.parametrize("command", ["make demo", "make test", "fastapd run", "fastapd plan", "fastapd info", "fastapd demo"])
+@pytest.mark.parametrize(
+    "command", ["make demo", "make test", "fastapd run", "fastapd plan", "fastapd info", "fastapd demo"]
+)
 def test_readme_commands_exist(command):
     from fastapd import cli
 

@@ -59,12 +59,16 @@ PROGRAMS = {
         ((0, 1), (0, 2), (1, 2)),
     ),
     "shared links": Program((6,), ((0, 2),), ((1, 0), (0, 1)), (16, 5, 48), (0, 1, 2), ((0, 1), (1, 2)), shared=True),
-    "three of one input": Program((9,), ((0, 1), (0, 4), (0, 6)), ((1, 0), (2, 0), (3, 1), (0, 1)), (2, 6), (1,), ((0, 1),)),
+    "three of one input": Program(
+        (9,), ((0, 1), (0, 4), (0, 6)), ((1, 0), (2, 0), (3, 1), (0, 1)), (2, 6), (1,), ((0, 1),)
+    ),
     # barrier 0 gets nothing, barrier 1 leads nowhere, left 1 reaches nothing, nothing starts from input 1
     "idle parts": Program((4, 3), ((0, 2), (1, 5)), ((2, 1), (2, 2)), (5, 6, 7), (0, 1), ((0, 2),)),
     "nothing arrives": Program((4,), ((0, 2),), ((1, 0),), (3, 5), (0, 1)),
     "wide": Program((48,), ((0, 7),), ((1, 0), (0, 1)), (48, 65), (0,), ((0, 1),), shared=True),
-    "no ungated way": Program((3, 4), ((1, 2),), ((0, 0), (2, 2)), (3, 4, 5, 2), (0, 1, 2, 3), ((0, 1), (1, 3), (2, 3))),
+    "no ungated way": Program(
+        (3, 4), ((1, 2),), ((0, 0), (2, 2)), (3, 4, 5, 2), (0, 1, 2, 3), ((0, 1), (1, 3), (2, 3))
+    ),
 }  # fmt: skip
 every_program = pytest.mark.parametrize("name", PROGRAMS)
 # Long sums have several components: errors are compared with the reference's own, which may be lucky on a few values.
@@ -500,7 +504,8 @@ def test_attribution_tangent_refuses_an_empty_network(sources, barriers):
     ({"x": torch.zeros(())}, "sources[0].x must have shape [batch, width] or [n_instances, batch, width], got []"),
     ({"x": torch.zeros(1, 2, 6, 4)},
      "sources[0].x must have shape [batch, width] or [n_instances, batch, width], got [1, 2, 6, 4]"),
-    ({"other": X[0]}, "sources[1].x must have shape [n_instances, batch, width] like sources[0].x [2, 6, 4], got [6, 4]"),
+    ({"other": X[0]}, "sources[1].x must have shape [n_instances, batch, width] like sources[0].x [2, 6, 4], "
+     "got [6, 4]"),
     ({"A": A[0]}, "sources[0].A must have shape [n_instances, n_components, width, rank] like sources[0].x [2, 6, 4], "
      "got [3, 4, 2]"),
     ({"A": torch.zeros(2)}, "sources[0].A must have shape [n_instances, n_components, width, rank] like sources[0].x "
