@@ -179,3 +179,17 @@ def schatten_accumulate_inputs(case: Case, source: Source) -> tuple[Any, ...]:
 def schatten_masked_inputs(case: Case, source: Source) -> tuple[Any, ...]:
     _, A, B, mask = forward_inputs(case, source)
     return A, B, mask, P, EPS
+
+
+def product_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    x, W = source.inputs(case, case.d_in), source.normal(case.n_instances, case.d_in, case.d_out)
+    return x, W, source.normal(case.n_instances, case.batch, case.d_out), 0.7, True
+
+
+def rows_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    return (source.factors(case, case.d_in, case.d_out)[0].mT,)
+
+
+def along_inputs(case: Case, source: Source) -> tuple[Any, ...]:
+    (rows,) = rows_inputs(case, source)
+    return source.normal(*rows.shape), rows

@@ -64,18 +64,26 @@ class Chain(NamedTuple):
 
     steps: list[Step]
 
-    def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+    before_sites: frozenset[int]
+    """The numbers of the values that no site has a part in."""
+
+    def run(
+        self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """The values of all steps.
 
         Args:
             x: The target's input.
             layer: The output, bias included, of the site of that name for its input.
+            known: The values of an earlier run on the same input, of which those before all sites are taken over.
         """
         values: list[Tensor] = []
-        for step in self.steps:
+        for number, step in enumerate(self.steps):
             sources = [values[k] for k in step.sources]
             if step.kind == "input":
                 values.append(x)
+            elif known is not None and number in self.before_sites:
+                values.append(known[number])
             elif step.kind == "site":
                 values.append(layer(step.name, *sources))
             else:
@@ -149,7 +157,12 @@ def trace(
     except Exception as error:  # tracing runs the target's own code on proxies: anything may come out of it
         text = str(error).strip().splitlines()
         raise NotAChainError(f"it cannot be traced: {type(error).__name__}: {text[0] if text else ''}") from error
-    return Chain(_Reader(target, sites, linears).read(graph))
+    steps = _Reader(target, sites, linears).read(graph)
+    before: set[int] = set()
+    for number, step in enumerate(steps):
+        if step.kind != "site" and before.issuperset(step.sources):
+            before.add(number)
+    return Chain(steps, frozenset(before))
 
 
 class _Reader:

@@ -38,6 +38,9 @@ def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "schatten_factored": (A, B, counts.long(), 1.0, 1e-16, 4, True),
         "schatten_accumulate": (A, B, counts.long(), 1.0, 1e-16, 4, False, 1.0, A.mT.contiguous(), B),
         "schatten_factored_masked": (A, B, mask, 1.0, 1e-16, True),
+        "thin_product": (x, W, grad_y, 1.0, False),
+        "unit_norm": (x,),
+        "remove_along": (x, torch.zeros_like(x)),
     }
 
 

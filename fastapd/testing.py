@@ -22,12 +22,16 @@ from fastapd._cases import Case as Case
 from fastapd._cases import P as P
 from fastapd.ops._batched_svd import schatten_accumulate
 from fastapd.ops._component_forward import component_forward_selected_accumulate
+from fastapd.ops._thin_product import thin_product
+from fastapd.ops._unit_norm import remove_along, unit_norm
 from fastapd.reference import attribution_reduce as reference_attribution
 from fastapd.reference import attribution_tangent as reference_tangent
 from fastapd.reference import batch_topk as reference_topk
 from fastapd.reference import batched_svd as reference_svd
 from fastapd.reference import component_forward as reference_forward
 from fastapd.reference import component_sum as reference_sum
+from fastapd.reference import thin_product as reference_product
+from fastapd.reference import unit_norm as reference_norm
 
 
 class _Op(NamedTuple):
@@ -73,7 +77,7 @@ def _reference_accumulated(
 ) -> tuple[Tensor, ...]:
     buffers = grad_At.clone(), grad_B.clone()
     run = reference_forward.component_forward_selected_accumulate
-    return run(grad_y, x, A, B, u, *selection, True, *buffers), *buffers
+    return run(grad_y, x, A, B, u, *selection, True, buffers[0], buffers[1]), *buffers
 
 
 def _topk_warm(scores: Tensor, hint: Tensor, K: int) -> tuple[Tensor, ...]:
@@ -155,6 +159,40 @@ def _reference_accumulate(
     return total.detach(), grads[0] + scale * to_A.mT, grads[1] + scale * to_B
 
 
+def _copy(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> Tensor:
+    return thin_product(A, B, _copy(out), alpha, accumulate)
+
+
+def _reference_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> Tensor:
+    out = _copy(out)
+    reference_product.thin_product(A, B, out, alpha, accumulate)
+    return out
+
+
+def _unit_norm(rows: Tensor) -> Tensor:
+    return unit_norm(_copy(rows))
+
+
+def _reference_unit_norm(rows: Tensor) -> Tensor:
+    rows = _copy(rows)
+    reference_norm.unit_norm(rows)
+    return rows
+
+
+def _remove_along(grad: Tensor, rows: Tensor) -> Tensor:
+    return remove_along(_copy(grad), rows.contiguous())
+
+
+def _reference_remove_along(grad: Tensor, rows: Tensor) -> Tensor:
+    grad = _copy(grad)
+    reference_norm.remove_along(grad, rows)
+    return grad
+
+
 def _terms_factors(A: Tensor, B: Tensor, *rest: Any) -> int:
     return A.shape[-3] * A.shape[-1] + A.shape[-2] + B.shape[-1]
 
@@ -192,6 +230,14 @@ def _terms_attribution(xs: list[Tensor], gs: list[Tensor], As: list[Tensor], Bs:
     return sum(sum(t.shape[-2:]) for t in (*xs, *gs)) + sum(A.shape[-1] for A in As)
 
 
+def _terms_product(A: Tensor, *rest: Any) -> int:
+    return A.shape[-1] + 2
+
+
+def _terms_rows(rows: Tensor, *rest: Any) -> int:
+    return rows.shape[-1] + 2
+
+
 # fmt: off
 _OPS = {
     "component_sum": _Op(
@@ -227,12 +273,18 @@ _OPS = {
         ops.component_svdvals, _svdvals_of_products, _cases.sum_inputs, (0, 1), _terms_svd),
     "schatten": _Op(
         ops.schatten, _schatten_of_products, _cases.schatten_inputs, (0, 1), _terms_svd),
+    "thin_product": _Op(
+        _product, _reference_product, _cases.product_inputs, (), _terms_product),
+    "unit_norm": _Op(
+        _unit_norm, _reference_unit_norm, _cases.rows_inputs, (), _terms_rows),
+    "remove_along": _Op(
+        _remove_along, _reference_remove_along, _cases.along_inputs, (), _terms_rows),
 }
 # fmt: on
 
 OPS = tuple(_OPS)
 """The names that `inputs`, `run` and the rest take: the public ops, the second forms of two of them, and the ops that
-add to gradients, given as they are with their gradients copied."""
+write into their arguments, given as they are with those arguments copied."""
 
 
 def cpu_backends(op: str) -> list[str]:
@@ -320,7 +372,7 @@ def reference(op: str, args: Sequence[Any], cotangents: list[Tensor] | None = No
     """The reference at the dtype of the arguments, called directly and differentiated by autograd."""
 
     def function(*args: Any) -> Any:
-        widest = 3 if "topk" in op else 4
+        widest = 3 if "topk" in op or op == "thin_product" else 4
         if max(t.dim() for t in tensors_of(args)) == widest:
             return _OPS[op].reference(*args)
         outputs = _OPS[op].reference(*map_tensors(lambda t: t.unsqueeze(0), list(args)))
@@ -345,6 +397,8 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
         outputs = [_largest(t, -1) for t in outputs]
     if op in ("component_svdvals", "schatten"):
         grads = [_largest(t, -2, -1) for t in grads]
+    if op == "remove_along":  # which subtracts from its gradient
+        outputs = [2 * args[0] - t for t in found.outputs]
     if op == "schatten_accumulate":
         outputs[1:] = [_largest(t, -2, -1) for t in outputs[1:]]
     return Answer(outputs, grads)

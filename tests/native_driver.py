@@ -514,6 +514,68 @@ def svd_jobs(source: Source, I: int, C: int, m: int, d_in: int, d_out: int, b: i
         yield Job(source.name("schatten_masked"), f"{label} {p}", masked, masked_expected)
 
 
+# ------------------------------------------------------------------------------------------------------ products, rows
+
+
+def thin_product(
+    source: Source, I: int, m: int, n: int, k: int, layout: str = "rows", alpha: float = 0.7, add: bool = False
+) -> Job:
+    """Factors stored by `rows` or by `columns`, or `shared`: one A, by columns, for all instances."""
+    stored = {"rows": (I, m, k), "columns": (I, k, m), "shared": (1, k, m)}[layout]
+    in_A, in_B = source.normal(*stored), source.normal(*((I, n, k) if layout == "columns" else (I, k, n)))
+    A = in_A if layout == "rows" else np.broadcast_to(in_A.transpose(0, 2, 1), (I, m, k))
+    B = in_B.transpose(0, 2, 1) if layout == "columns" else in_B
+    before = source.normal(I, m, n)
+    sizes = [I, m, n, k, *(s // A.itemsize for s in A.strides), *(s // B.itemsize for s in B.strides)]
+
+    def prepare(threads: int) -> tuple[tuple, list[Array]]:
+        out = before.copy() if add else poisoned(source.dtype, I, m, n)
+        return (address(in_A), address(in_B), address(out), alpha, add, sizes, threads), [out]
+
+    def expected() -> list[tuple[Array, float]]:
+        product, terms = (alpha * sums("imk,ikn->imn", *factors) for factors in ((A, B), (abs(A), abs(B))))
+        return [sized(product + add * before, terms + add * abs(before))]
+
+    return Job(source.name("thin_product"), f"{I} {m} {n} {k} {layout} {alpha} {add}", prepare, expected)
+
+
+def rows_jobs(source: Source, n: int, d: int, special: bool = False) -> Iterator[Job]:
+    """`special`: rows at the ends of the dtype, of zeros, and with a NaN or infinities, by turns."""
+    rows, grad, limits = source.normal(n, d), source.normal(n, d), np.finfo(source.dtype)
+    if special and d:
+        for r in range(n):
+            scale = (1.0, limits.max / 4, float(limits.smallest_subnormal) * 4, 0.0)[r % 4]
+            rows[r] = np.clip(rows[r], -3, 3) * scale
+        rows[5::6, 0], rows[8::9, -1], rows[16::18, d // 2] = np.nan, np.inf, -np.inf
+    label = f"{n} {d} {special}"
+
+    def norm(threads: int) -> tuple[tuple, list[Array]]:
+        out = rows.copy()
+        return (address(out), n, d, threads), [out]
+
+    def norm_expected() -> list[tuple[Array, float]]:
+        r64 = rows.astype(np.float64)
+        largest = np.abs(r64).max(1, keepdims=True, initial=0)
+        with np.errstate(invalid="ignore", over="ignore"):  # beside infinities
+            scaled = r64 / np.where(np.isfinite(largest) & (largest > 0), largest, 1)
+            size = np.sqrt(np.square(scaled).sum(1, keepdims=True))
+            return [(np.where(np.isnan(size), r64, scaled / np.where(size > 0, size, 1)), 1.0)]
+
+    yield Job(source.name("unit_norm"), label, norm, norm_expected)
+    if special:
+        return
+
+    def along(threads: int) -> tuple[tuple, list[Array]]:
+        out = grad.copy()
+        return (address(out), address(rows), n, d, threads), [out]
+
+    def along_expected() -> list[tuple[Array, float]]:
+        parts = [sums("nd,nd,ne->ne", *three) for three in ((grad, rows, rows), (abs(grad), abs(rows), abs(rows)))]
+        return [sized(grad - parts[0], abs(grad) + parts[1])]
+
+    yield Job(source.name("remove_along"), label, along, along_expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- the sizes
 
 
@@ -579,6 +641,23 @@ def awkward_jobs(dtype: str) -> Iterator[Job]:
         yield from svd_jobs(source, 1 + C % 2, C, m, d_in, d_out, b)
     yield from svd_jobs(source, 0, 2, 3, 4, 5, 2)
 
+    edges = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 67)
+    for at, n in enumerate(edges):
+        layout, add = ("rows", "columns", "shared")[at % 3], at % 2 == 1
+        yield thin_product(source, 1 + at % 3, edges[at - 5], n, edges[at - 11], layout, 1.0 if at % 4 else -2.5, add)
+    for I, m, n, k in ((1, 481, 3, 5), (2, 5, 130, 33), (1, 3, 17, 513), (2, 2, 65, 1100)):  # jobs, panels, stretches
+        yield thin_product(source, I, m, n, k)
+        yield thin_product(source, I, m, n, k, "columns", add=True)
+    for add in (False, True):
+        for I, m, n, k in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 30, 5, 0), (0, 0, 0, 0)):
+            yield thin_product(source, I, m, n, k, "shared" if I else "rows", add=add)
+
+    for n, d in enumerate((1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 67)):
+        yield from rows_jobs(source, n, d)
+        yield from rows_jobs(source, 37, d, special=True)
+    yield from rows_jobs(source, 5, 0)
+    yield from rows_jobs(source, 65, 3)
+
 
 def parallel_jobs(dtype: str) -> Iterator[Job]:
     """Enough work, and enough pieces of it, that every walk of every kernel is shared among threads."""
@@ -594,6 +673,9 @@ def parallel_jobs(dtype: str) -> Iterator[Job]:
     wiring = Wiring((67,), ((0, 3), (0, 2)), ((1, 0), (2, 1), (0, 1)), (45, 20), (0,), ((0, 1),))
     yield from tangent_jobs(source, 3, 300, 30, wiring, shared=True)
     yield from svd_jobs(source, 2, 100, 5, 129, 67, 20)
+    yield thin_product(source, 3, 1000, 37, 515, "columns")
+    yield thin_product(source, 2, 700, 130, 33, "shared", add=True)
+    yield from rows_jobs(source, 3001, 131)
 
 
 # ------------------------------------------------------------------------------------------------------------- running

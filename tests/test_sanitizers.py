@@ -127,6 +127,20 @@ PLANTED = {
         "component_svdvals_float64",
         "heap-buffer-overflow",
     ),
+    "panels-of-product": (
+        "thin_product.cpp",
+        "(p.k < longest ? p.k : longest) * panels * full);",
+        "(p.k < longest ? p.k : longest) * panels * full - 1);",
+        "thin_product_float32",
+        "heap-buffer-overflow",
+    ),
+    "tail-of-rows": (
+        "unit_norm.cpp",
+        "for (; i < d; ++i) g[i] -=",
+        "for (; i <= d; ++i) g[i] -=",
+        "remove_along_float64",
+        "heap-buffer-overflow",
+    ),
     "misaligned-norms": (
         "batched_svd.cpp",
         "double* norms = sums + groups;",
@@ -184,8 +198,9 @@ def test_sanitizers_find_no_race_until_one_is_planted(race_tree: Path) -> None:
     done = drive_races(native.build(race_tree, RACES))
     assert done.returncode != 0
     racing = set(re.findall(r"parallel_for<fastapd::baseline::(?:\(anonymous namespace\)::)?(\w+<\w+>)", done.stderr))
-    names = "component_sum_loss batch_topk list_above attribution_reduce attribution_reduce_backward attribution_tangent "
-    names += "attribution_tangent_backward component_svdvals schatten schatten_masked project accumulate outer"
+    names = "component_sum_loss batch_topk list_above attribution_reduce attribution_reduce_backward "
+    names += "attribution_tangent attribution_tangent_backward component_svdvals schatten schatten_masked "
+    names += "project accumulate outer thin_product unit_norm remove_along"
     assert racing == {f"{name}<{dtype}>" for name in names.split() for dtype in ("float", "double")}
 
 

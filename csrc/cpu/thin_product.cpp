@@ -1,9 +1,10 @@
-// C = alpha A B, or C += alpha A B, for products with one short side, where the library's GEMM reaches half of its own speed: C
-// [M, N] is written by rows, A is read by entries of any strides, B is packed into panels of up to kTile vectors.
+// C = alpha A B, or C += alpha A B, for products with one short side, where the library's GEMM reaches half of its own
+// speed: C [M, N] is written by rows, A is read by entries of any strides, B is packed into panels of up to kTile
+// vectors.
 //
-// A tile of registers holds R rows by V vectors of C over a stretch of K; the panels of that stretch stay in the L2 cache
-// while the rows of A and C go by once. Jobs are stretches of rows, each owned by one thread; sums over K are taken in
-// one order, so nothing depends on the number of threads. Accumulation is in T.
+// A tile of registers holds R rows by V vectors of C over a stretch of K; the panels of that stretch stay in the L2
+// cache while the rows of A and C go by once. Jobs are stretches of rows, each owned by one thread; sums over K are
+// taken in one order, so nothing depends on the number of threads. Accumulation is in T.
 #include "../ops.h"
 #include "parallel.h"
 
@@ -11,16 +12,18 @@ namespace fastapd {
 namespace FASTAPD_LEVEL {
 namespace {
 
-inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
+inline int64_t padded(int64_t n, int64_t lanes) {
+  return (n + lanes - 1) / lanes * lanes;
+}
 
 #if defined(__AVX512F__)
 constexpr int kTile = 4, kRegisters = 24;
 #else
 constexpr int kTile = 2, kRegisters = 10;
 #endif
-constexpr int64_t kRowsOfJob = 480;     // a multiple of every R
-constexpr int64_t kRowsTogether = 24;   // of A, that stay in the L1 cache while the panels go by
-constexpr int64_t kDepth = 512;         // the longest stretch of K
+constexpr int64_t kRowsOfJob = 480;      // a multiple of every R
+constexpr int64_t kRowsTogether = 24;    // of A, that stay in the L1 cache while the panels go by
+constexpr int64_t kDepth = 512;          // the longest stretch of K
 constexpr int64_t kPanels = 128 * 1024;  // entries of all panels of a stretch
 
 // panel[k][lanes of V vectors] = B[k0 + k, n0 + lane] for depth rows; lanes beyond n are zero.
@@ -42,8 +45,8 @@ void pack_panel(const T* B, int64_t stride_k, int64_t stride_n, int64_t depth, i
 
 // R rows by V vectors of C = alpha * A panel; `keep` adds to what is there.
 template <class T, int R, int V>
-inline void tile(const T* A, int64_t stride_m, int64_t stride_k, int64_t depth, const T* panel, T alpha, bool keep, T* C,
-                 int64_t stride_c, int64_t n) {
+inline void tile(const T* A, int64_t stride_m, int64_t stride_k, int64_t depth, const T* panel, T alpha, bool keep,
+                 T* C, int64_t stride_c, int64_t n) {
   vec<T> acc[R][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
     vec<T> b[V];
@@ -90,11 +93,15 @@ void rows_of_panel(const ThinProduct<T>& p, const T* A, int64_t rows, int64_t de
                    int64_t n) {
   switch ((n + kLanes<T> - 1) / kLanes<T>) {
 #if defined(__AVX512F__)
-    case 4: return rows_of_tiles<T, 4>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
-    case 3: return rows_of_tiles<T, 3>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
+    case 4:
+      return rows_of_tiles<T, 4>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
+    case 3:
+      return rows_of_tiles<T, 3>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
 #endif
-    case 2: return rows_of_tiles<T, 2>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
-    default: return rows_of_tiles<T, 1>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
+    case 2:
+      return rows_of_tiles<T, 2>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
+    default:
+      return rows_of_tiles<T, 1>(A, p.a_stride_m, p.a_stride_k, rows, depth, panel, p.alpha, keep, C, p.n, n);
   }
 }
 
@@ -108,6 +115,7 @@ bool thin_product(ThinProduct<T> p, int threads) {
   longest = longest < 32 ? 32 : longest > kDepth ? kDepth : longest;
   Failure failure;
   threads = worth(p.n_instances * p.m * p.n * p.k, threads);
+  if (p.k == 0) p.a_stride_i = p.a_stride_m = p.b_stride_i = 0;  // no entries have no address to step from
   parallel_for(p.n_instances * stretches, 1, threads, [&](int64_t begin, int64_t end) {
     const Workspace<T> work((p.k < longest ? p.k : longest) * panels * full);
     if (work.data == nullptr) return failure.set();
@@ -129,8 +137,8 @@ bool thin_product(ThinProduct<T> p, int threads) {
           const int64_t together = m0 + rows - m < kRowsTogether ? m0 + rows - m : kRowsTogether;
           const T* A = p.A + i * p.a_stride_i + m * p.a_stride_m + k0 * p.a_stride_k;
           for (int64_t q = 0; q < panels; ++q)
-            rows_of_panel(p, A, together, depth, work.data + q * full * depth, keep, p.C + (i * p.m + m) * p.n + q * full,
-                          p.n - q * full < full ? p.n - q * full : full);
+            rows_of_panel(p, A, together, depth, work.data + q * full * depth, keep,
+                          p.C + (i * p.m + m) * p.n + q * full, p.n - q * full < full ? p.n - q * full : full);
         }
       }
     }

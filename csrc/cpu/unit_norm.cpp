@@ -1,6 +1,6 @@
 // Rows of unit length: a /= |a|, and the part of a gradient along its row removed: g -= (g . a) a. One pass over memory
-// each, the second read of a row comes from the cache; a thread owns whole rows. Sums are in T; a squared length that
-// leaves its range is taken again in double.
+// each, the second read of a row comes from the cache; a thread owns whole rows. Sums are in T; a row whose squared
+// length leaves the range of T is done again in double, divided by its largest entry first.
 #include "../ops.h"
 #include "parallel.h"
 
@@ -21,21 +21,27 @@ inline T dot(const T* a, const T* b, int64_t d) {
   return total;
 }
 
-inline bool in_range(float square) { return square > 1e-30f && square < 1e30f; }
-inline bool in_range(double square) { return square > 1e-200 && square < 1e200; }
+inline bool in_range(float square) {
+  return square > 1e-30f && square < 1e30f;
+}
+inline bool in_range(double square) {
+  return square > 1e-200 && square < 1e200;
+}
 
+// Any row. The length itself may be beyond T, and is never formed: a /= largest, a /= |a|. A row with a NaN stays.
 template <class T>
-T length(const T* a, int64_t d) {
-  const T square = dot(a, a, d);
-  if (in_range(square)) return __builtin_sqrt(square);
-  double scale = 0, sum = 0;
+void unit_norm_of_any_size(T* a, int64_t d) {
+  double largest = 0, square = 0;
   for (int64_t i = 0; i < d; ++i) {
     const double size = __builtin_fabs(static_cast<double>(a[i]));
-    if (!(size <= scale)) scale = size;  // a NaN stays
+    if (size != size) return;
+    if (size > largest) largest = size;
   }
-  if (!(scale > 0)) return static_cast<T>(scale);
-  for (int64_t i = 0; i < d; ++i) sum += (a[i] / scale) * (a[i] / scale);
-  return static_cast<T>(scale * __builtin_sqrt(sum));
+  if (largest == 0) return;
+  if (largest <= __DBL_MAX__)  // beside an infinity all else is nothing, and it is itself undefined
+    for (int64_t i = 0; i < d; ++i) square += (a[i] / largest) * (a[i] / largest);
+  const double norm = largest <= __DBL_MAX__ ? __builtin_sqrt(square) : 1;
+  for (int64_t i = 0; i < d; ++i) a[i] = static_cast<T>(a[i] / largest / norm);
 }
 
 }  // namespace
@@ -45,8 +51,12 @@ void unit_norm(T* rows, int64_t n, int64_t d, int threads) {
   parallel_for(n, kGrain, worth(n * d, threads), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* a = rows + r * d;
-      const T norm = length(a, d);
-      if (!(norm > 0)) continue;
+      const T square = dot(a, a, d);
+      if (!in_range(square)) {
+        unit_norm_of_any_size(a, d);
+        continue;
+      }
+      const T norm = __builtin_sqrt(square);
       int64_t i = 0;
       for (; i + kLanes<T> <= d; i += kLanes<T>) store(a + i, load(a + i) / norm);
       for (; i < d; ++i) a[i] /= norm;
@@ -68,8 +78,8 @@ void remove_along(T* grad, const T* rows, int64_t n, int64_t d, int threads) {
   });
 }
 
-#define FASTAPD_INSTANTIATE(T)                              \
-  template void unit_norm<T>(T*, int64_t, int64_t, int);    \
+#define FASTAPD_INSTANTIATE(T)                           \
+  template void unit_norm<T>(T*, int64_t, int64_t, int); \
   template void remove_along<T>(T*, const T*, int64_t, int64_t, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

@@ -21,17 +21,17 @@ def cpu_thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate
     run = native.thin_product_float32 if A.dtype == torch.float32 else native.thin_product_float64
     sizes = [A.shape[0], A.shape[1], B.shape[2], B.shape[1], *A.stride(), *B.stride()]
     run(A.data_ptr(), B.data_ptr(), out.data_ptr(), alpha, accumulate, sizes, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)  # which torch's own in-place operations do
 
 
 def _check_product(A: Tensor, B: Tensor, out: Tensor) -> None:
+    _check.tensors(_OP, A=A, B=B, out=out)
     fits = A.dim() == B.dim() == 3 and A.shape[0] == B.shape[0] and A.shape[2] == B.shape[1]
     if not fits or out.shape != (A.shape[0], A.shape[1], B.shape[2]) or not out.is_contiguous():
         raise ValueError(
             f"{_OP}: A [I, m, k], B [I, k, n] and a contiguous out [I, m, n] must fit, "
             f"got {_check.shape(A)}, {_check.shape(B)} and {_check.shape(out)} with strides {list(out.stride())}"
         )
-    if not A.dtype == B.dtype == out.dtype:
-        raise TypeError(f"{_OP}: A, B and out must have one dtype, got {A.dtype}, {B.dtype} and {out.dtype}")
 
 
 def _fake(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
@@ -57,8 +57,8 @@ def thin_product(
         accumulate: Whether `out` is added to; otherwise what it holds is replaced, whatever it is.
 
     Raises:
-        ValueError: If shapes do not match or out is not contiguous.
-        TypeError: If dtypes differ.
+        ValueError: If shapes or devices do not match or out is not contiguous.
+        TypeError: If a dtype is not floating or the dtypes differ.
     """
     if out is None:
         accumulate, out = False, A.new_empty(A.shape[0], A.shape[1], B.shape[-1])

@@ -18,6 +18,7 @@ def cpu_unit_norm(rows: Tensor) -> None:
     run = native.unit_norm_float32 if rows.dtype == torch.float32 else native.unit_norm_float64
     d = rows.shape[-1]
     run(rows.data_ptr(), rows.numel() // max(d, 1), d, torch.get_num_threads())
+    torch.autograd.graph.increment_version(rows)  # which torch's own in-place operations do
 
 
 def cpu_remove_along(grad: Tensor, rows: Tensor) -> None:
@@ -25,12 +26,13 @@ def cpu_remove_along(grad: Tensor, rows: Tensor) -> None:
     run = native.remove_along_float32 if rows.dtype == torch.float32 else native.remove_along_float64
     d = rows.shape[-1]
     run(grad.data_ptr(), rows.data_ptr(), rows.numel() // max(d, 1), d, torch.get_num_threads())
+    torch.autograd.graph.increment_version(grad)
 
 
 def _check_rows(op: str, **arguments: Tensor) -> None:
     _check.tensors(op, **arguments)
     shapes = [t.shape for t in arguments.values()]
-    if len(set(shapes)) > 1 or not shapes[0]:
+    if shapes[0] != shapes[-1] or not shapes[0]:
         got = " and ".join(_check.shape(t) for t in arguments.values())
         raise ValueError(f"{op}: {' and '.join(arguments)} must have one shape [.., d], got {got}")
     for name, t in arguments.items():
@@ -67,7 +69,7 @@ def remove_along(grad: Float[Tensor, "... d"], rows: Float[Tensor, "... d"]) -> 
     """grad -= (grad . row) row for every row, in place, outside autograd; rows have unit length.
 
     Raises:
-        ValueError: If shapes differ or a tensor is not contiguous.
+        ValueError: If shapes or devices differ or a tensor is not contiguous.
         TypeError: If dtypes differ or are not floating.
     """
     _check_rows("remove_along", grad=grad, rows=rows)

@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def unit_norm(rows: Tensor) -> None:
+    if rows.numel() == 0:
+        return
+    largest = rows.abs().amax(-1, keepdim=True)  # divided by it, rows of any size have squares
+    rows.div_(torch.where((largest > 0) & largest.isfinite(), largest, 1))
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    rows.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+    rows.div_(torch.where(norm > 0, norm, 1))
 
 
 def remove_along(grad: Tensor, rows: Tensor) -> None:

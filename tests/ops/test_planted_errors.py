@@ -201,6 +201,53 @@ def gradient_of_the_mask_without_the_last_rank(right, A, B, *rest):
     return total, grad_At, grad_B, right(A[..., :-1].contiguous(), B[..., :-1, :].contiguous(), *rest)[3]
 
 
+def product_with_the_factor_forgotten(right, A, B, out, alpha, accumulate):
+    right(A, B, out, 1.0, accumulate)
+
+
+def product_replaced(right, A, B, out, alpha, accumulate):
+    right(A, B, out, alpha, False)
+
+
+def product_without_the_last_term(right, A, B, *rest):
+    right(A[..., :-1], B[:, :-1], *rest)
+
+
+def product_of_the_first_instance(right, A, B, *rest):
+    right(A, B[:1].expand_as(B), *rest)
+
+
+def divided_by_the_square(right, rows):
+    square = rows.square().sum(-1, keepdim=True)
+    rows.div_(torch.where(square > 0, square, 1))
+
+
+def zero_rows_divided(right, rows):
+    rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
+
+
+def columns_for_rows(right, rows):
+    columns = rows.mT.contiguous()
+    right(columns)
+    rows.copy_(columns.mT)
+
+
+def added_along(right, grad, rows):
+    before = grad.clone()
+    right(grad, rows)
+    grad.copy_(2 * before - grad)
+
+
+def last_row_left(right, grad, rows):
+    before = grad[:, -1, -1].clone()
+    right(grad, rows)
+    grad[:, -1, -1] = before
+
+
+def along_the_row_before(right, grad, rows):
+    right(grad, rows.roll(1, -2))
+
+
 SUMS = [epsilon_outside_the_power, gradient_of_A_in_the_layout_of_A]
 # what goes wrong in each op of the table; a gradient's op is reached by that of its forward op
 PLANTED = {
@@ -237,6 +284,14 @@ PLANTED = {
         gradient_added_twice,
     ],
     "schatten_factored_masked": [*SUMS, gradient_of_the_mask_without_the_last_rank],
+    "thin_product": [
+        product_with_the_factor_forgotten,
+        product_replaced,
+        product_without_the_last_term,
+        product_of_the_first_instance,
+    ],
+    "unit_norm": [divided_by_the_square, zero_rows_divided, columns_for_rows],
+    "remove_along": [added_along, last_row_left, along_the_row_before],
 }
 
 
@@ -245,6 +300,8 @@ def arguments(op: str, dtype: torch.dtype) -> tuple:
     if op.startswith("schatten"):
         A, B, weights, p, _, *batch = args
         return A, B, weights, p, 1e-2, *batch
+    if op == "unit_norm":  # a row without length
+        args[0][:, 1, 1] = 0
     if "topk" in op:  # ties
         return args[0].round(), *args[1:]
     return args
