@@ -88,7 +88,12 @@ def _expected(case: Case) -> Answer:
 FACTORED = {"upstream": _upstream, "torch": _torch, "torch_compile": lambda p: _torch(p, compile_it=True)}
 
 
-@grid(lambda case: (*FACTORED, *cpu_backends("schatten_factored")), CASES, lambda case: (FORWARD, BOTH))
+@grid(
+    lambda case: (*FACTORED, *cpu_backends("schatten_factored")),
+    CASES,
+    lambda case: (FORWARD, BOTH),
+    compiled=lambda case, direction: direction == BOTH,
+)
 def bench_batched_svd(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
     args = (p.Ats[0].mT, p.Bs[0], p.selection.counts, case.p, EPS, case.batch, direction == BOTH)

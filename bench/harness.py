@@ -153,15 +153,24 @@ def chosen(op: str, args: tuple[Any, ...]) -> str:
 
 def grid(
     contenders: Callable[[Any], Sequence[str]],
-    cases: Sequence[Case | Layer],
+    cases: Sequence[Any],
     directions: Callable[[Any], Sequence[str]],
+    compiled: Callable[[Any, str], bool] = lambda case, direction: True,
 ) -> pytest.MarkDecorator:
-    """Parametrises a benchmark: ids [contender-case-float32-direction], contenders that compete next to each other."""
+    """Parametrises a benchmark: ids [contender-case-float32-direction], contenders that compete next to each other.
+
+    Args:
+        contenders: Of a case.
+        cases: What has a name and sizes.
+        directions: Of a case.
+        compiled: Whether "torch_compile" is among the contenders of a case and direction: compiling takes its time.
+    """
     rows = [
         pytest.param(contender, case, direction, id=f"{contender}-{case.name}-float32-{direction}")
         for case in cases
         for direction in directions(case)
         for contender in contenders(case)
+        if contender != "torch_compile" or compiled(case, direction)
     ]
     return pytest.mark.parametrize(("contender", "case", "direction"), rows)
 
