@@ -181,7 +181,7 @@ def bench_schatten(benchmark: Any, contender: str, case: Layer, direction: str) 
         EXACT.get(contender, fastapd)(case),
         _expected_exact(case),
         chosen("schatten", args),
-        flops=2 * 3 * rank * n_factors,  # two Gram matrices and two products with the factors, in float64
+        flops=2 * (2 * 3 * rank * n_factors),  # two Gram matrices and two products with factors; float64 counts twice
         n_bytes=8 * n_factors,
         output_tolerance=TIGHT_TOLERANCE,
     )

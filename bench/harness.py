@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.cases import Case, Layer
 from fastapd import backends
 
 FORWARD, BOTH = "forward", "forward_backward"
@@ -284,7 +283,7 @@ def compete(
     op: str,
     name: str,
     direction: str,
-    case: Case | Layer,
+    case: Any,
     contender: Contender,
     expected: Answer | None,
     default: str,
@@ -297,6 +296,7 @@ def compete(
     Args:
         op: The stem.
         name: The contender's.
+        case: What has a name.
         expected: Output and gradients; the latter are left out for the forward direction. None for what is no
             contender but a bound, the library's share of the work.
         default: The backend that fastapd takes here by itself, or "fastapd" if the contender names none.
