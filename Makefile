@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## ruff and basedpyright
 
 bench: $(VENV)/.dev ## time every op and step on one thread against the goals; keeps the results
 	@echo "bench: running the benchmarks on one thread, best on an otherwise idle machine (minutes; up to 16 GiB)"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -P -m pytest bench --benchmark-only -q --tb=short --save-results
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -P -m pytest bench --benchmark-only -q -rs --tb=short --save-results
 
 clean: ## remove what these targets and the build made, .venv included
 	@echo "clean: removing $(VENV), build products and caches"

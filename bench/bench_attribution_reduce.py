@@ -269,6 +269,11 @@ def bench_gradient_attributions(benchmark: Any, contender: str, case: Case, dire
     _bench_from_target(benchmark, contender, case, direction)
 
 
-@grid(lambda case: tuple(FROM_TARGET), LP_CASES, lambda case: (BOTH,))
+@grid(
+    lambda case: tuple(FROM_TARGET),
+    LP_CASES,
+    lambda case: (BOTH,),
+    compiled=lambda case, direction: case is not TMS_5_2_SMALL,
+)
 def bench_lp_attributions(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     _bench_from_target(benchmark, contender, case, direction)

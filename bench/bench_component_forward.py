@@ -153,7 +153,7 @@ def _names(layer: Layer) -> tuple[str, ...]:
     return (*few, *(b for b in backends if layer in SMALL or b != "reference"))
 
 
-@grid(_names, CASES, _directions)
+@grid(_names, CASES, _directions, compiled=lambda layer, direction: direction == FORWARD)
 def bench_component_forward(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
     if contender == "upstream" and (reason := lacks_memory(_upstream_bytes(case, direction))) is not None:
         pytest.skip(reason)

@@ -90,7 +90,12 @@ def _expected(layer: Layer) -> Answer:
     return reference_in_float64(lambda A, B: reference.component_sum_loss(A, B, target)[0], leaves, _ones(p))
 
 
-@grid(lambda layer: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda layer: (BOTH,))
+@grid(
+    lambda layer: (*CONTENDERS, *cpu_backends(OP)),
+    CASES,
+    lambda layer: (BOTH,),
+    compiled=lambda layer, direction: layer in CASES[1:3],
+)
 def bench_component_sum(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
     p, i = problem(case.case), case.index
     args = (p.Ats[i].mT, p.Bs[i], p.weights[i])

@@ -162,6 +162,7 @@ class Outcome(NamedTuple):
         group: Where that was.
         missing: Groups without a number.
         floor: The share of the machine's floor that the worst group reaches, if that is known.
+        faithful: The research formulation's time there over that of the research code itself, if that ran.
     """
 
     goal: Goal
@@ -169,10 +170,16 @@ class Outcome(NamedTuple):
     group: str
     missing: tuple[str, ...]
     floor: float | None
+    faithful: float | None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the formulation it is held against takes the time of the research code, as far as that is known."""
+        return self.faithful is None or self.goal.against != RESEARCH or abs(self.faithful - 1) <= FAITHFUL
 
     @property
     def met(self) -> bool:
-        return self.value is not None and self.value >= self.goal.least and not self.missing
+        return self.value is not None and self.value >= self.goal.least and not self.missing and self.counts
 
     @property
     def verdict(self) -> str:
@@ -181,6 +188,8 @@ class Outcome(NamedTuple):
             return "not measured"
         if self.value < self.goal.least:
             return f"missed by {1 - self.value / self.goal.least:.0%}"
+        if not self.counts:
+            return f"does not count: the formulation takes {self.faithful:.2f} of the research code's time"
         return f"met where measured, not in {', '.join(self.missing)}" if self.missing else "met"
 
 
@@ -189,10 +198,10 @@ def outcome(goal: Goal, found: Table) -> Outcome:
     known = {group: value for group, value in values.items() if value is not None}
     missing = tuple(group.split("/")[1] for group in goal.groups if group not in known)
     if not known:
-        return Outcome(goal, None, "", missing, None)
+        return Outcome(goal, None, "", missing, None, None)
     worst = min(known, key=lambda group: known[group])
-    floor = share_of_floor()(found[worst, goal.direction])
-    return Outcome(goal, known[worst], worst, missing, floor)
+    rows = found[worst, goal.direction]
+    return Outcome(goal, known[worst], worst, missing, share_of_floor()(rows), _faithful(rows))
 
 
 def outcomes(found: Table) -> list[Outcome]:
@@ -257,10 +266,11 @@ class Faithful(NamedTuple):
         return abs(self.ratio - 1) <= FAITHFUL
 
 
+def _faithful(rows: Contenders) -> float | None:
+    return rows["upstream"].median / rows["apd"].median if "apd" in rows and "upstream" in rows else None
+
+
 def faithfulness_of_upstream(found: Table) -> list[Faithful]:
     """Where the research code itself ran."""
-    return [
-        Faithful(group, rows["upstream"].median / rows["apd"].median)
-        for (group, _), rows in found.items()
-        if "apd" in rows and "upstream" in rows
-    ]
+    known = [(group, _faithful(rows)) for (group, _), rows in found.items()]
+    return [Faithful(group, ratio) for group, ratio in known if ratio is not None]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.cases import Case, Layer
 from fastapd import backends
 
 FORWARD, BOTH = "forward", "forward_backward"
@@ -153,15 +152,24 @@ def chosen(op: str, args: tuple[Any, ...]) -> str:
 
 def grid(
     contenders: Callable[[Any], Sequence[str]],
-    cases: Sequence[Case | Layer],
+    cases: Sequence[Any],
     directions: Callable[[Any], Sequence[str]],
+    compiled: Callable[[Any, str], bool] = lambda case, direction: True,
 ) -> pytest.MarkDecorator:
-    """Parametrises a benchmark: ids [contender-case-float32-direction], contenders that compete next to each other."""
+    """Parametrises a benchmark: ids [contender-case-float32-direction], contenders that compete next to each other.
+
+    Args:
+        contenders: Of a case.
+        cases: What has a name and sizes.
+        directions: Of a case.
+        compiled: Whether "torch_compile" is among the contenders of a case and direction: compiling takes its time.
+    """
     rows = [
         pytest.param(contender, case, direction, id=f"{contender}-{case.name}-float32-{direction}")
         for case in cases
         for direction in directions(case)
         for contender in contenders(case)
+        if contender != "torch_compile" or compiled(case, direction)
     ]
     return pytest.mark.parametrize(("contender", "case", "direction"), rows)
 
@@ -275,7 +283,7 @@ def compete(
     op: str,
     name: str,
     direction: str,
-    case: Case | Layer,
+    case: Any,
     contender: Contender,
     expected: Answer | None,
     default: str,
@@ -288,6 +296,7 @@ def compete(
     Args:
         op: The stem.
         name: The contender's.
+        case: What has a name.
         expected: Output and gradients; the latter are left out for the forward direction. None for what is no
             contender but a bound, the library's share of the work.
         default: The backend that fastapd takes here by itself, or "fastapd" if the contender names none.

@@ -138,6 +138,13 @@ def test_slope_is_the_exponent_of_the_growth():
     assert _judge(rows)["slopes"] == [["scaling/batch", pytest.approx(1.5)]]
 
 
+def test_goals_do_not_count_where_the_formulation_is_not_the_research_codes():
+    rows = _rows("step/tms_5-2_b2048", {"upstream": 15.0, "apd": 12.0, "fastapd": 1.0})
+    value, met, verdict = _outcome(_judge(rows), "step TMS 5-2, b 2048")
+    assert (value, met) == (15.0, False)
+    assert verdict == "does not count: the formulation takes 1.25 of the research code's time"
+
+
 def test_formulation_counts_only_near_the_research_code():
     rows = _rows("step/a", {"upstream": 1.1, "apd": 1.0}) + _rows("step/b", {"upstream": 1.3, "apd": 1.0})
     assert _judge(rows)["faithful"] == [["step/a", 1.1, True], ["step/b", 1.3, False]]
