@@ -67,9 +67,7 @@ class Chain(NamedTuple):
     before_sites: frozenset[int]
     """The numbers of the values that no site has a part in."""
 
-    def run(
-        self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None
-    ) -> list[Tensor]:
+    def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None) -> list[Tensor]:
         """The values of all steps.
 
         Args:
