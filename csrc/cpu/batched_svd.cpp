@@ -5,7 +5,8 @@
 // gives X = U diag(sigma) V^T to high relative accuracy. The gradient of sum f(sigma_i^2) is
 //   dA = Q_A (U diag(g sigma) V^T) R_B        dB^T = Q_B (V diag(g sigma) U^T) R_A        g = 2 f'
 // which needs no differences of singular values and no division by one. A Gram matrix would be cheaper, and would
-// square the condition number: with it a singular value below 1e-8 of the largest is noise, here below 1e-15. Factored
+// square the condition number: with it a singular value below 1e-8 of the largest is noise, here below 1e-15. So
+// float32 factors whose columns are far from dependent take that way (svd_lanes.h), and the others come here. Factored
 // form: sigma_i^2 is replaced by |a_i|^2 |b_i|^2; two reads of the factors. All sums are in float64. A thread owns one
 // component; the sum over components is taken in order afterwards.
 #include "../ops.h"

@@ -73,7 +73,8 @@ def component_svdvals(A: Float[Tensor, "*I C d_in m"], B: Float[Tensor, "*I C m 
         ValueError: If shapes or devices do not match.
         TypeError: If a dtype is not floating or the dtypes differ.
 
-    Numerics: in float64 inside, |error| about 1e-15 of the largest value before it is rounded to the dtype of A.
+    Numerics: in float64 inside; |error| about 1e-15 of the largest value, and for float32 factors less than rounding
+        the value to float32.
     Gradient: in A and B, without differences of singular values; a second derivative is refused.
     Cost: O(C m^2 (d_in + d_out) + C m^3); the products A_c B_c are not formed.
     """
