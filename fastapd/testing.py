@@ -77,7 +77,7 @@ def _reference_accumulated(
 ) -> tuple[Tensor, ...]:
     buffers = grad_At.clone(), grad_B.clone()
     run = reference_forward.component_forward_selected_accumulate
-    return run(grad_y, x, A, B, u, *selection, True, buffers[0], buffers[1]), *buffers
+    return run(grad_y, x, A, B, u, *selection, True, *buffers), *buffers
 
 
 def _topk_warm(scores: Tensor, hint: Tensor, K: int) -> tuple[Tensor, ...]:
@@ -101,9 +101,10 @@ def _tangent(
     into: list[dict[int, Tensor]] = [{} for _ in (*xs, *As)]
     for F, number, barrier in zip(Fs, terms[::2], terms[1::2], strict=True):
         into[number][barrier] = F
-    rows = [*((x, None) for x in xs), *((xs[k], A) for k, A in zip(lefts, As, strict=True))]
+    rows: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in xs]
+    rows += [(xs[k], A) for k, A in zip(lefts, As, strict=True)]
     idle = [k for k in range(len(xs)) if not into[k] and k in lefts]  # only there for its left factors
-    sources = [ops.TangentSource(*row, into[k]) for k, row in enumerate(rows) if k not in idle]
+    sources = [ops.TangentSource(x, A, into[k]) for k, (x, A) in enumerate(rows) if k not in idle]
     gate = dict(zip(gated, gates, strict=True))
     onward: list[dict[int, Tensor]] = [{} for _ in widths]
     for L, start, end in zip(links, ends[::2], ends[1::2], strict=True):
@@ -391,6 +392,8 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
     args, cotangents = map_floats(lambda t: t.double().abs(), (list(args), cotangents))
     if op == "component_sum_loss":  # which subtracts its target
         args = (*args[:2], -args[2])
+    if op == "thin_product":
+        args = (*args[:3], abs(args[3]), args[4])
     found = reference(op, args, cotangents)
     outputs, grads = ([t.abs() for t in ts] for ts in found)
     if op == "component_svdvals":
