@@ -77,7 +77,7 @@ def _reference_accumulated(
 ) -> tuple[Tensor, ...]:
     buffers = grad_At.clone(), grad_B.clone()
     run = reference_forward.component_forward_selected_accumulate
-    return run(grad_y, x, A, B, u, *selection, True, buffers[0], buffers[1]), *buffers
+    return run(grad_y, x, A, B, u, *selection, True, *buffers), *buffers
 
 
 def _topk_warm(scores: Tensor, hint: Tensor, K: int) -> tuple[Tensor, ...]:
@@ -391,6 +391,8 @@ def _sums_of_magnitudes(op: str, args: Sequence[Any], cotangents: list[Tensor] |
     args, cotangents = map_floats(lambda t: t.double().abs(), (list(args), cotangents))
     if op == "component_sum_loss":  # which subtracts its target
         args = (*args[:2], -args[2])
+    if op == "thin_product":
+        args = (*args[:3], abs(args[3]), args[4])
     found = reference(op, args, cotangents)
     outputs, grads = ([t.abs() for t in ts] for ts in found)
     if op == "component_svdvals":

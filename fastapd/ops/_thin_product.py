@@ -24,13 +24,19 @@ def cpu_thin_product(A: Tensor, B: Tensor, out: Tensor, alpha: float, accumulate
     torch.autograd.graph.increment_version(out)  # which torch's own in-place operations do
 
 
-def _check_product(A: Tensor, B: Tensor, out: Tensor) -> None:
-    _check.tensors(_OP, A=A, B=B, out=out)
+def _check_product(A: Tensor, B: Tensor, out: Tensor | None) -> None:
+    if out is None:
+        _check.tensors(_OP, A=A, B=B)
+    else:
+        _check.tensors(_OP, A=A, B=B, out=out)
     fits = A.dim() == B.dim() == 3 and A.shape[0] == B.shape[0] and A.shape[2] == B.shape[1]
-    if not fits or out.shape != (A.shape[0], A.shape[1], B.shape[2]) or not out.is_contiguous():
+    if fits and out is not None:
+        fits = out.shape == (A.shape[0], A.shape[1], B.shape[2]) and out.is_contiguous()
+    if not fits:
+        there = "None" if out is None else f"{_check.shape(out)} with strides {list(out.stride())}"
         raise ValueError(
             f"{_OP}: A [I, m, k], B [I, k, n] and a contiguous out [I, m, n] must fit, "
-            f"got {_check.shape(A)}, {_check.shape(B)} and {_check.shape(out)} with strides {list(out.stride())}"
+            f"got {_check.shape(A)}, {_check.shape(B)} and {there}"
         )
 
 
@@ -60,9 +66,9 @@ def thin_product(
         ValueError: If shapes or devices do not match or out is not contiguous.
         TypeError: If a dtype is not floating or the dtypes differ.
     """
-    if out is None:
-        accumulate, out = False, A.new_empty(A.shape[0], A.shape[1], B.shape[-1])
     _check_product(A, B, out)
+    if out is None:
+        accumulate, out = False, A.new_empty(A.shape[0], A.shape[1], B.shape[2])
     with torch.no_grad():
         if B.shape[2] <= B.shape[1]:
             _thin_product(A, B, out, alpha, accumulate)
