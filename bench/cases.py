@@ -78,9 +78,10 @@ class Case:
 
     @property
     def upstream_bytes(self) -> int:
-        """About what the research code's step holds at once: two [b, C, d_out] of every layer, and a third of one."""
+        """About by how much the research code's step makes the process grow: three [b, C, d_out] of every layer
+        and three more of the widest."""
         outer = [self.n_instances * self.batch * self.n_components * d_out for _, d_out in self.layers]
-        return 4 * (2 * sum(outer) + 3 * max(outer))
+        return 4 * (3 * sum(outer) + 3 * max(outer))
 
 
 TMS_5_2_SMALL = Case("tms_5-2_b256", "tms", 12, 256, 5, 3, 5, 2, topk=0.211, p=1.0)

@@ -31,11 +31,13 @@ def times_faster(than: str, contender: str | None = None) -> Measure:
 
 
 def times_less_memory(found: Contenders) -> float | None:
-    """Peak memory of the research formulation by torch's count, over ours by that or the process's growth."""
+    """Peak memory of the research formulation over ours: by torch's count or by the growth of the process, which sees
+    native scratch too, whichever says less."""
     mine, theirs = results.ours(found), found.get("upstream")
-    if mine is None or theirs is None or "peak_bytes" not in mine.info or "peak_bytes" not in theirs.info:
+    if mine is None or theirs is None:
         return None
-    return theirs.info["peak_bytes"] / max(mine.info["peak_bytes"], mine.info.get("resident_bytes", 0))
+    ways = [way for way in ("peak_bytes", "resident_bytes") if mine.info.get(way) and theirs.info.get(way)]
+    return min((theirs.info[way] / mine.info[way] for way in ways), default=None)
 
 
 def share_of_floor(contender: str | None = None) -> Measure:
@@ -229,6 +231,10 @@ def _threads(found: Table) -> list[Goal]:
     return [Goal("two threads, steps above 5 ms", "one thread, wall time", 1.0, groups, "threads", measure)]
 
 
+LINEAR = 1.1
+"""The largest exponent that the noise of a shared machine makes of linear growth."""
+
+
 class Slope(NamedTuple):
     """How time grows with one size: time ~ size ** exponent, fitted over `sizes`."""
 
@@ -236,6 +242,10 @@ class Slope(NamedTuple):
     exponent: float
     sizes: list[int]
     seconds: list[float]
+
+    @property
+    def verdict(self) -> str:
+        return "linear at most" if self.exponent <= LINEAR else "more than linear"
 
 
 def slopes(found: Table) -> list[Slope]:

@@ -66,7 +66,7 @@ def summary(found: Table, constants: dict[str, float]) -> Iterator[str]:
     for slope in goals.slopes(found):
         sizes = f"{slope.sizes[0]} to {slope.sizes[-1]}"
         times = f"{results.seconds(slope.seconds[0])} to {results.seconds(slope.seconds[-1])}"
-        yield f"{slope.group}: time grows as size ** {slope.exponent:.2f} over {sizes} ({times})"
+        yield f"{slope.group}: time grows as size ** {slope.exponent:.2f} over {sizes} ({times}), {slope.verdict}"
     for near in goals.faithfulness_of_upstream(found):
         verdict = "counts" if near.counts else f"does not count: more than {goals.FAITHFUL:.0%} off"
         yield f"{near.group}: the research formulation takes {near.ratio:.2f} of the research code's time, {verdict}"

@@ -114,12 +114,13 @@ def test_goals_take_the_worst_group_and_are_not_met_while_one_is_missing():
     assert _outcome(_judge(rows), "masked forward with its index, residual")[:2] == [80.0, True]
 
 
-def test_goals_of_memory_count_the_growth_of_the_process():
+@pytest.mark.parametrize(("resident", "expected"), [(250, 10.0), (1000, 4.0)])
+def test_goals_of_memory_take_the_measure_that_says_less(resident, expected):
     rows = _rows("step/resid_b2048", {"upstream": 1.0, "fastapd": 1.0})
     rows[0]["extra_info"] |= {"peak_bytes": 1000, "resident_bytes": 4000}
-    rows[1]["extra_info"] |= {"peak_bytes": 100, "resident_bytes": 250}
+    rows[1]["extra_info"] |= {"peak_bytes": 100, "resident_bytes": resident}
     value, met, _ = _outcome(_judge(rows), "step residual 1 layer, C 130, m 50, b 2048: peak memory")
-    assert (value, met) == (4.0, False)
+    assert (value, met) == (expected, expected >= 5)
 
 
 def test_goals_of_threads_leave_out_short_steps():
