@@ -3,11 +3,13 @@
 `batched_svd/<case>` is the factored sum, which the research code computes: it starts from the mask, `torch` from the
 counts, fastapd from its selection, which holds the counts. `schatten/<case>` is the exact sum, from singular values:
 `torch_svdvals` takes those of the products, the library's routine, `torch_gram` those of the factors' Gram matrices.
+`fastapd_step` is what a training step calls: value and gradients in one pass, these added to buffers that are there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from bench.harness import (
 )
 from fastapd._random import stream
 from fastapd.ops import schatten, schatten_factored
+from fastapd.ops._batched_svd import schatten_accumulate
 from fastapd.reference import batched_svd as reference
 
 EPS = 1e-16
@@ -156,9 +159,33 @@ def _expected_exact(layer: Layer) -> Answer:
     return [total, grad_At.mT, grad_B]
 
 
+class _IntoBuffers(Contender):
+    """Adds to its own buffers: those of the first call hold the gradients, later ones only cost the same."""
+
+    def call(self, direction: str) -> Callable[[], Any]:
+        At, B, *_ = self.leaves
+        grad_At, grad_B = torch.zeros_like(At), torch.zeros_like(B)
+
+        def both() -> tuple[Any, ...]:
+            with torch.no_grad():
+                return self.function(At, B, grad_At, grad_B), grad_At, grad_B
+
+        return both
+
+
+def _step(layer: Layer) -> Contender:
+    At, B, counts = _factors(layer)
+
+    def function(At: Tensor, B: Tensor, grad_At: Tensor, grad_B: Tensor) -> Tensor:
+        return schatten_accumulate(At.mT, B, counts, layer.case.p, EPS, -1, True, 1.0, grad_At, grad_B)
+
+    return _IntoBuffers(function, (At, B), None, same, (transposed, same))
+
+
 EXACT = {
     "torch_svdvals": lambda layer: _exact(layer, plain.svdvals_of_products),
     "torch_gram": lambda layer: _exact(layer, plain.schatten_exact),
+    "fastapd_step": _step,
 }
 
 

@@ -106,8 +106,10 @@ def _topk(what: str, least: float, cases: tuple[str, ...], warm: bool, than: str
 
 def _schatten(what: str, least: float, cases: tuple[str, ...]) -> Goal:
     groups = tuple(f"schatten/{case}" for case in cases)
-    measure = times_faster("torch_svdvals")
-    return Goal(f"exact Schatten, {what}", "svdvals of the products", least, groups, "forward_backward", measure)
+    measure = times_faster("torch_svdvals", "fastapd_step")
+    return Goal(
+        f"exact Schatten of a step, {what}", "svdvals of the products", least, groups, "forward_backward", measure
+    )
 
 
 def _faithfulness(what: str, least: float, cases: tuple[str, ...], than: str, against: str, percent: bool) -> Goal:
