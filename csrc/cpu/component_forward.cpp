@@ -293,10 +293,11 @@ inline int64_t first_from(const int32_t* numbers, int64_t n, int64_t bound) {
 template <class T>
 void accumulate(const T* u, const T* f, Selection selection, T* y, int64_t n_instances, int64_t batch,
                 int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
+  if (d == 0) return;
   constexpr int64_t tile = kTile * kLanes<T>;
   threads = worth(n_instances * (n_pairs * rank + batch) * d, threads);
   // One thread takes all: the factors pass by once. Several share columns, then samples, whose sums do not mix.
-  const int64_t column_blocks = threads > 1 && d > 0 ? (d + 2 * tile - 1) / (2 * tile) : 1;
+  const int64_t column_blocks = threads > 1 ? (d + 2 * tile - 1) / (2 * tile) : 1;
   const int64_t wanted = 4 * threads / (n_instances * column_blocks + 1);
   const int64_t sample_blocks = threads > 1 && wanted > 1 ? wanted : 1;
   const int64_t columns = threads > 1 ? 2 * tile : d, samples = (batch + sample_blocks - 1) / sample_blocks;
@@ -393,10 +394,29 @@ inline void outer_rows(const T* v, const T* x, const int32_t* sample, int64_t n_
   }
 }
 
+// All columns of one component's gradient.
 template <class T, bool Add>
-void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_instances, int64_t batch,
-           int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
+inline void outer_component(const T* v, const T* x, const int32_t* sample, int64_t n_pairs, int64_t rank, int64_t d,
+                            const Part<T>& part, T* grad, Ahead& ahead) {
   constexpr int64_t tile = kTile * kLanes<T>;
+  int64_t o = 0;
+  for (; o + tile <= d; o += tile)
+    outer_rows<T, 4, false, Add>(v, x + o, sample, n_pairs, rank, d, part, grad + o, ahead);
+  switch ((d - o + kLanes<T> - 1) / kLanes<T>) {
+    case 4:
+      return outer_rows<T, 4, true, Add>(v, x + o, sample, n_pairs, rank, d, part, grad + o, ahead);
+    case 3:
+      return outer_rows<T, 3, true, Add>(v, x + o, sample, n_pairs, rank, d, part, grad + o, ahead);
+    case 2:
+      return outer_rows<T, 2, true, Add>(v, x + o, sample, n_pairs, rank, d, part, grad + o, ahead);
+    case 1:
+      return outer_rows<T, 1, true, Add>(v, x + o, sample, n_pairs, rank, d, part, grad + o, ahead);
+  }
+}
+
+template <class T>
+void outer(const T* v, const T* x, Selection selection, T* grad, bool add, int64_t n_instances, int64_t batch,
+           int64_t n_components, int64_t rank, int64_t d, int64_t n_pairs, int threads) {
   threads = worth(n_instances * (n_pairs + n_components) * rank * d, threads);
   parallel_for(n_instances * n_components, 4, threads, [=](int64_t first, int64_t last) {
     const Part<T> part(last_part<T>(d));
@@ -404,29 +424,16 @@ void outer(const T* v, const T* x, Selection selection, T* grad, int64_t n_insta
       const int64_t i = g / n_components, c = g % n_components;
       const int64_t* offsets = selection.offsets + i * (n_components + 1);
       const int64_t begin = offsets[c], n = offsets[c + 1] - begin;
-      if (Add && n == 0) continue;
+      if (add && n == 0) continue;
       const int32_t* sample = selection.sample + i * n_pairs + begin;
       const T* xi = x + i * batch * d;
       const T* vc = v + (i * n_pairs + begin) * rank;
       T* gc = grad + g * rank * d;
       Ahead ahead(gc + rank * d, g + 1 < last, rank * d, tiles_of((d + kLanes<T> - 1) / kLanes<T>) * tiles_of(rank));
-      int64_t o = 0;
-      for (; o + tile <= d; o += tile)
-        outer_rows<T, 4, false, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
-      switch ((d - o + kLanes<T> - 1) / kLanes<T>) {
-        case 4:
-          outer_rows<T, 4, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
-          break;
-        case 3:
-          outer_rows<T, 3, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
-          break;
-        case 2:
-          outer_rows<T, 2, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
-          break;
-        case 1:
-          outer_rows<T, 1, true, Add>(vc, xi + o, sample, n, rank, d, part, gc + o, ahead);
-          break;
-      }
+      if (add)
+        outer_component<T, true>(vc, xi, sample, n, rank, d, part, gc, ahead);
+      else
+        outer_component<T, false>(vc, xi, sample, n, rank, d, part, gc, ahead);
     }
   });
 }
@@ -449,11 +456,12 @@ void component_forward_selected_backward(const T* grad_y, const T* x, const T* A
   if (grad_x != nullptr)
     accumulate(grad_u, At, selection, grad_x, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs,
                threads);
-  const auto outer_of = add ? outer<T, true> : outer<T, false>;
   if (grad_At != nullptr)
-    outer_of(grad_u, x, selection, grad_At, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs, threads);
+    outer(grad_u, x, selection, grad_At, add, n.n_instances, n.batch, n.n_components, n.rank, n.d_in, n.n_pairs,
+          threads);
   if (grad_B != nullptr)
-    outer_of(u, grad_y, selection, grad_B, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs, threads);
+    outer(u, grad_y, selection, grad_B, add, n.n_instances, n.batch, n.n_components, n.rank, n.d_out, n.n_pairs,
+          threads);
 }
 
 #define FASTAPD_INSTANTIATE(T)                                                                                      \
