@@ -32,14 +32,19 @@ Selection selection_at(const SelectionAddresses& a) {
           at<const int32_t>(a[4])};
 }
 
-ForwardSizes sizes_of(const ForwardShape& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}; }
+ForwardSizes sizes_of(const ForwardShape& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+}
 
 #if FASTAPD_X86_LEVELS
-#define FASTAPD_AT_LEVEL(CALL)                         \
-  switch (current_level()) {                           \
-    case Level::kAvx512: return avx512::CALL;          \
-    case Level::kAvx2: return avx2::CALL;              \
-    default: return baseline::CALL;                    \
+#define FASTAPD_AT_LEVEL(CALL) \
+  switch (current_level()) {   \
+    case Level::kAvx512:       \
+      return avx512::CALL;     \
+    case Level::kAvx2:         \
+      return avx2::CALL;       \
+    default:                   \
+      return baseline::CALL;   \
   }
 #else
 #define FASTAPD_AT_LEVEL(CALL) return baseline::CALL;
@@ -89,8 +94,8 @@ bool run_attribution(const std::vector<LayerArguments>& arguments, Address out, 
                      int64_t n_components, int64_t n_outputs, int threads) {
   const std::vector<AttributionLayer<T>> layers = layers_at<T>(arguments);
   const int64_t n = static_cast<int64_t>(layers.size());
-  FASTAPD_AT_LEVEL(attribution_reduce<T>(layers.data(), n, at<T>(out), n_instances, batch, n_components, n_outputs,
-                                         threads))
+  FASTAPD_AT_LEVEL(
+      attribution_reduce<T>(layers.data(), n, at<T>(out), n_instances, batch, n_components, n_outputs, threads))
 }
 
 template <class T>
@@ -131,9 +136,13 @@ struct Tangent {
     for (const auto& e : a.barriers) barriers.push_back({entry<T>(e[0]), e[1]});
     for (const auto& e : a.links) links.push_back({entry<T>(e[0]), e[1], e[2], e[3]});
     const auto size = [](const auto& list) { return static_cast<int64_t>(list.size()); };
-    program = {inputs.data(), lefts.data(), terms.data(), barriers.data(), links.data(),
-               {a.sizes[0], a.sizes[1], a.sizes[2], size(inputs), size(lefts), size(terms), size(barriers),
-                size(links)}};
+    program = {
+        inputs.data(),
+        lefts.data(),
+        terms.data(),
+        barriers.data(),
+        links.data(),
+        {a.sizes[0], a.sizes[1], a.sizes[2], size(inputs), size(lefts), size(terms), size(barriers), size(links)}};
   }
   std::vector<TangentInput<T>> inputs;
   std::vector<TangentLeft<T>> lefts;
@@ -173,8 +182,10 @@ void run_remove_along(Address grad, Address rows, int64_t n, int64_t d, int thre
 template <class T>
 bool run_thin_product(Address A, Address B, Address C, double alpha, bool accumulate, const std::array<int64_t, 10>& s,
                       int threads) {
-  const ThinProduct<T> product = {at<const T>(A), at<const T>(B), at<T>(C), static_cast<T>(alpha), accumulate, s[0],
-                                  s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  const ThinProduct<T> product = {at<const T>(A), at<const T>(B), at<T>(C), static_cast<T>(alpha),
+                                  accumulate,     s[0],           s[1],     s[2],
+                                  s[3],           s[4],           s[5],     s[6],
+                                  s[7],           s[8],           s[9]};
   FASTAPD_AT_LEVEL(thin_product<T>(product, threads))
 }
 
@@ -186,7 +197,9 @@ void run_sum_loss(Address residual, Address target, Address loss, int64_t n_inst
 // n_instances, n_components, rank, d_in, d_out
 using SchattenShape = std::array<int64_t, 5>;
 
-SchattenSizes schatten_sizes(const SchattenShape& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+SchattenSizes schatten_sizes(const SchattenShape& s) {
+  return {s[0], s[1], s[2], s[3], s[4]};
+}
 
 template <class T>
 bool run_svdvals(Address At, Address B, Address out, const SchattenShape& n, int threads) {
@@ -195,8 +208,7 @@ bool run_svdvals(Address At, Address B, Address out, const SchattenShape& n, int
 
 template <class T>
 bool run_schatten(Address At, Address B, Address counts, double p, double eps, int64_t batch, bool exact, double scale,
-                  bool accumulate, Address loss, Address grad_At, Address grad_B, const SchattenShape& n,
-                  int threads) {
+                  bool accumulate, Address loss, Address grad_At, Address grad_B, const SchattenShape& n, int threads) {
   FASTAPD_AT_LEVEL(schatten<T>(at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, exact, scale,
                                accumulate, at<T>(loss), at<T>(grad_At), at<T>(grad_B), schatten_sizes(n), threads))
 }

@@ -1,7 +1,8 @@
 // Every native CPU signature of fastapd, with its shapes. No torch here: plain addresses and sizes.
 //
 // Axes: I instances, b batch, C components, m rank, K selected pairs per instance, d_in / d_out widths of a layer.
-// All arrays are dense and row-major; T is float or double. Factors arrive as At [I, C, m, d_in] and B [I, C, m, d_out].
+// All arrays are dense and row-major; T is float or double. Factors arrive as At [I, C, m, d_in] and B [I, C, m,
+// d_out].
 //
 // A selection lists K (sample, component) pairs twice:
 //   component-major  sample [I, K] int32, offsets [I, C+1] int64        sorted by component, then sample
@@ -40,8 +41,8 @@ struct AttributionLayer {
   int64_t g_stride_i, g_stride_b, g_stride_o;  // in elements; the last axis is dense
 };
 
-// A network in gated linear form, for attribution_tangent. Its barriers are its nonlinearities in the order of the forward
-// pass; the last one is the output.
+// A network in gated linear form, for attribution_tangent. Its barriers are its nonlinearities in the order of the
+// forward pass; the last one is the output.
 struct TangentSizes {
   int64_t n_instances, batch, n_components, n_inputs, n_lefts, n_terms, n_barriers, n_links;
 };
@@ -113,10 +114,12 @@ struct ForwardSizes {
 // Each csrc/cpu/<op>.cpp is compiled once per instruction-set level, into a namespace of that name.
 #define FASTAPD_DECLARE_LEVEL(LEVEL)                                                                                   \
   namespace LEVEL {                                                                                                    \
-  /* scores [I, b, C] -> the `capacity` largest of each instance, or counts[i] of them (counts null or [I]; the rest  */ \
-  /* of the lists is zero), or, if k >= 0, the k largest of each sample (capacity = k b). Ties: lowest flat index;     */ \
-  /* NaN largest; +-0 equal. thresholds null (always if k >= 0) or [I]: a hint of the smallest selected score of each  */ \
-  /* instance, not finite for none, and then that score. False: no memory for the workspace (about 4 K keys and as   */ \
+  /* scores [I, b, C] -> the `capacity` largest of each instance, or counts[i] of them (counts null or [I]; the rest   \
+   */                                                                                                                  \
+  /* of the lists is zero), or, if k >= 0, the k largest of each sample (capacity = k b). Ties: lowest flat index; */                                                                                                                    \
+  /* NaN largest; +-0 equal. thresholds null (always if k >= 0) or [I]: a hint of the smallest selected score of each  \
+   */                                                                                                                  \
+  /* instance, not finite for none, and then that score. False: no memory for the workspace (about 4 K keys and as */                                                                                                                    \
   /* many indices; about b*C of each if neither hint nor sample tells where to start). */                              \
   template <class T>                                                                                                   \
   bool batch_topk(const T* scores, SelectionOut out, int64_t n_instances, int64_t batch, int64_t n_components,         \
@@ -126,12 +129,13 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   bool attribution_reduce(const AttributionLayer<T>* layers, int64_t n_layers, T* out, int64_t n_instances,            \
                           int64_t batch, int64_t n_components, int64_t n_outputs, int threads);                        \
-  /* grad_At, grad_B: for each layer the gradient of sum grad * out, grad [I, b, C]; layouts as At and B. */            \
+  /* grad_At, grad_B: for each layer the gradient of sum grad * out, grad [I, b, C]; layouts as At and B. */           \
   template <class T>                                                                                                   \
   bool attribution_reduce_backward(const AttributionLayer<T>* layers, int64_t n_layers, const T* grad,                 \
                                    T* const* grad_At, T* const* grad_B, int64_t n_instances, int64_t batch,            \
                                    int64_t n_components, int64_t n_outputs, int threads);                              \
-  /* out [I, b, C] = |gate t|^2 at the last barrier, t_j = sum over terms source F_c + sum over links (gate_i t_i) L_ij. */ \
+  /* out [I, b, C] = |gate t|^2 at the last barrier, t_j = sum over terms source F_c + sum over links (gate_i t_i)     \
+   * L_ij. */                                                                                                          \
   /* Returns false when its workspace (a block of samples of all sources, gates and barriers a thread) fails. */       \
   template <class T>                                                                                                   \
   bool attribution_tangent(const TangentProgram<T>& program, T* out, int threads);                                     \
@@ -155,8 +159,10 @@ struct ForwardSizes {
   /* out [I, C, m] = singular values of A_c B_c, descending, zeros included. False: no memory. */                      \
   template <class T>                                                                                                   \
   bool component_svdvals(const T* At, const T* B, T* out, SchattenSizes sizes, int threads);                           \
-  /* loss [I] = sum_c n_c sum_i (s_i + eps)^{p/2} + (batch - n_c) m eps^{p/2} (left out if batch < 0), s_i = sigma_i^2 */ \
-  /* if exact, else |a_i|^2 |b_i|^2; and, if not null, scale times its gradients [I, C, m, d], which replace what is   */ \
+  /* loss [I] = sum_c n_c sum_i (s_i + eps)^{p/2} + (batch - n_c) m eps^{p/2} (left out if batch < 0), s_i = sigma_i^2 \
+   */                                                                                                                  \
+  /* if exact, else |a_i|^2 |b_i|^2; and, if not null, scale times its gradients [I, C, m, d], which replace what is   \
+   */                                                                                                                  \
   /* in grad_At and grad_B or, to accumulate, are added to it. False: no memory. */                                    \
   template <class T>                                                                                                   \
   bool schatten(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, bool exact,       \
@@ -169,7 +175,8 @@ struct ForwardSizes {
   template <class T>                                                                                                   \
   void component_forward_selected(const T* x, const T* At, const T* B, Selection selection, T* u, T* y,                \
                                   ForwardSizes sizes, int threads);                                                    \
-  /* grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null. If accumulate,  */ \
+  /* grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null. If accumulate,  \
+   */                                                                                                                  \
   /* grad_At and grad_B are added to, and what belongs to components without pairs is neither read nor written. */     \
   template <class T>                                                                                                   \
   void component_forward_selected_backward(const T* grad_y, const T* x, const T* At, const T* B, const T* u,           \

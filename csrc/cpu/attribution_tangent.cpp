@@ -2,12 +2,12 @@
 // of a component by the tangent that its weights send through a network in gated linear form, forward and backward.
 //
 // Samples stand in vector lanes: a block is kTile vectors of samples, packed transposed, so that every product is
-// acc[output][samples] += entry of a matrix * in[row][samples], without horizontal sums, without a lane wasted on narrow
-// layers and without packing any matrix. A tile of outputs is held in registers over all terms and links of its barrier;
-// the gate and, at the last barrier, the squared sum are its epilogue, so that no tangent goes through memory twice.
-// Forward: a thread owns a block of samples and walks all components. Backward: it owns a component and walks all blocks,
-// recomputing the tangents; gradients are products over the lanes of a block, taken from a transposed copy of what flows
-// back. Nothing depends on the number of threads. Accumulation is in T.
+// acc[output][samples] += entry of a matrix * in[row][samples], without horizontal sums, without a lane wasted on
+// narrow layers and without packing any matrix. A tile of outputs is held in registers over all terms and links of its
+// barrier; the gate and, at the last barrier, the squared sum are its epilogue, so that no tangent goes through memory
+// twice. Forward: a thread owns a block of samples and walks all components. Backward: it owns a component and walks
+// all blocks, recomputing the tangents; gradients are products over the lanes of a block, taken from a transposed copy
+// of what flows back. Nothing depends on the number of threads. Accumulation is in T.
 #include "../ops.h"
 #include "parallel.h"
 
@@ -25,7 +25,9 @@ constexpr int kTile = 2, kRows = 5;
 template <class T>
 constexpr int64_t kBlock = kTile * kLanes<T>;
 
-inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
+inline int64_t padded(int64_t n, int64_t lanes) {
+  return (n + lanes - 1) / lanes * lanes;
+}
 
 // One matrix of a sum of products: entry (row k, output r) at F[k * step + r * turn], where turn is 1 in the forward
 // direction. F is that of instance 0, component 0; `in` holds the rows of the other operand.
@@ -38,8 +40,7 @@ struct Part {
 
 // acc[r][v] = sum over the parts of F[k, r0 + r] * in[k][v]. kUnit says that every turn is 1.
 template <class T, int R, bool kUnit>
-inline void products(const Part<T>* parts, int64_t n_parts, int64_t i, int64_t c, int64_t r0,
-                     vec<T> (&acc)[R][kTile]) {
+inline void products(const Part<T>* parts, int64_t n_parts, int64_t i, int64_t c, int64_t r0, vec<T> (&acc)[R][kTile]) {
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTile; ++v) acc[r][v] = vec<T>{};
   for (int64_t p = 0; p < n_parts; ++p) {
@@ -70,12 +71,23 @@ inline void in_tiles(int64_t n, const Body& body) {
   int64_t r0 = 0;
   for (; r0 + kRows <= n; r0 += kRows) body(r0, Count<kRows>{});
   switch (n - r0) {
-    case 5: body(r0, Count<5>{}); break;
-    case 4: body(r0, Count<4>{}); break;
-    case 3: body(r0, Count<3>{}); break;
-    case 2: body(r0, Count<2>{}); break;
-    case 1: body(r0, Count<1>{}); break;
-    default: break;
+    case 5:
+      body(r0, Count<5>{});
+      break;
+    case 4:
+      body(r0, Count<4>{});
+      break;
+    case 3:
+      body(r0, Count<3>{});
+      break;
+    case 2:
+      body(r0, Count<2>{});
+      break;
+    case 1:
+      body(r0, Count<1>{});
+      break;
+    default:
+      break;
   }
 }
 
@@ -373,8 +385,7 @@ void backward_block(const TangentProgram<T>& p, const Layout<T>& layout, const S
       const TangentTerm<T>& term = p.terms[l];
       if (term.source != p.n.n_inputs + k) continue;
       const int64_t width = p.barriers[term.barrier].width, size = left.rank * width;
-      sums.parts.data[n++] = {term.F, p.n.n_components * size, size, width, 1, width,
-                              dt + layout.among(term.barrier)};
+      sums.parts.data[n++] = {term.F, p.n.n_components * size, size, width, 1, width, dt + layout.among(term.barrier)};
     }
     store_products<T, false>(sums.parts.data, n, i, c, left.rank, nullptr, du);
     outer(du, left.rank, rows_of_inputs, padded(p.inputs[left.input].width, kLanes<T>), sum + sums.at.data[k]);
@@ -422,7 +433,8 @@ bool attribution_tangent_backward(const TangentProgram<T>& p, const T* grad, T* 
   parallel_for(p.n.n_instances * p.n.n_components, 1, threads, [&](int64_t begin, int64_t end) {
     Layout<T> layout(p);
     const Sums<T> sums(p);
-    const Workspace<T> work((shape.projected + 2 * shape.tangents + sizes.deepest + sizes.widest) * kBlock<T> + sizes.size);
+    const Workspace<T> work((shape.projected + 2 * shape.tangents + sizes.deepest + sizes.widest) * kBlock<T> +
+                            sizes.size);
     if (!layout.ok() || sums.at.data == nullptr || sums.parts.data == nullptr || work.data == nullptr)
       return failure.set();
     T* to = work.data;
@@ -456,10 +468,9 @@ bool attribution_tangent_backward(const TangentProgram<T>& p, const T* grad, T* 
   return failure.none();
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                      \
-  template bool attribution_tangent<T>(const TangentProgram<T>&, T*, int);          \
-  template bool attribution_tangent_backward<T>(const TangentProgram<T>&, const T*, \
-                                                T* const*, T* const*, int);
+#define FASTAPD_INSTANTIATE(T)                                             \
+  template bool attribution_tangent<T>(const TangentProgram<T>&, T*, int); \
+  template bool attribution_tangent_backward<T>(const TangentProgram<T>&, const T*, T* const*, T* const*, int);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
 
