@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from bench.harness import (
     transposed,
 )
 from fastapd.ops import component_sum_loss
+from fastapd.ops._component_sum import component_sum_loss_accumulate
 from fastapd.reference import component_sum as reference
 
 OP = "component_sum_loss"
@@ -70,11 +72,28 @@ def _gemms(p: Problem, i: int) -> Contender:
     return Contender(function, ())
 
 
+class _IntoBuffers(Contender):
+    """What a training step calls: value and gradients at once, the latter written to buffers that are there."""
+
+    def call(self, direction: str) -> Callable[[], Any]:
+        At, B, *_ = self.leaves
+        grad_At, grad_B = torch.empty_like(At), torch.empty_like(B)
+        return lambda: (self.function(At, B, grad_At, grad_B), grad_At, grad_B)
+
+
+def _step(p: Problem, i: int) -> Contender:
+    def function(At: Tensor, B: Tensor, grad_At: Tensor, grad_B: Tensor) -> Tensor:
+        return component_sum_loss_accumulate(At, B, p.weights[i], 1.0, grad_At, grad_B, True)
+
+    return _IntoBuffers(function, (p.Ats[i], p.Bs[i]), None, same, (transposed, same))
+
+
 CONTENDERS = {
     "upstream": _upstream,
     "torch": lambda p, i: _house(p, i, plain.component_sum_loss),
     "torch_compile": lambda p, i: _house(p, i, compiled(plain.component_sum_loss)),
     "gemms": _gemms,
+    "fastapd_step": _step,
 }
 
 

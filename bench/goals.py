@@ -114,8 +114,8 @@ def _schatten(what: str, least: float, cases: tuple[str, ...]) -> Goal:
 
 def _faithfulness(what: str, least: float, cases: tuple[str, ...], than: str, against: str, percent: bool) -> Goal:
     groups = tuple(f"component_sum/{case}" for case in cases)
-    measure = times_faster(than)
-    return Goal(f"faithfulness, {what}", against, least, groups, "forward_backward", measure, percent)
+    measure = times_faster(than, "fastapd_step")
+    return Goal(f"faithfulness of a step, {what}", against, least, groups, "forward_backward", measure, percent)
 
 
 _RESIDUAL = ("resid_in_b2048", "resid_out_b2048")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastapd._chain import Chain
 from fastapd.ops import TangentBarrier, TangentSource, attribution_tangent
-from fastapd.ops._thin_product import thin_product
+from fastapd.ops._thin_product import product
 
 if TYPE_CHECKING:
     from fastapd.components import Components
@@ -365,11 +365,9 @@ def _times(factor: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices with leading axes; by the kernel for short sides where nobody differentiates."""
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return a @ b
+    """a b of matrices with the same leading axes."""
     leading = a.shape[:-2]
-    return thin_product(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, leading)
+    return product(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, leading)
 
 
 def _head_values(head: tuple[int, ...], found: Values, rows: Rows) -> Float[Tensor, "I b width"]:

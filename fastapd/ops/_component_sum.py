@@ -12,7 +12,7 @@ from fastapd import _native
 from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._op import define, outside_autocast, with_instances
-from fastapd.ops._thin_product import thin_product
+from fastapd.ops._thin_product import product, thin_product
 
 
 def _check_sum(A: Tensor, B: Tensor) -> bool:
@@ -41,8 +41,8 @@ def _factor_grads(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]
     """dA = dW B^T, dB = A^T dW for all components at once: two GEMMs over the concatenated ranks."""
     n_instances, n_components, d_in, rank = A.shape
     flat_A, flat_B = _flat(A, B)
-    grad_At = torch.bmm(flat_B, grad_W.mT).view(n_instances, n_components, rank, d_in)
-    return grad_At.mT, torch.bmm(flat_A.mT, grad_W).view(B.shape)
+    grad_At = product(flat_B, grad_W.mT).view(n_instances, n_components, rank, d_in)
+    return grad_At.mT, product(flat_A.mT, grad_W).view(B.shape)
 
 
 def _sum_fake(A: Tensor, B: Tensor) -> Tensor:

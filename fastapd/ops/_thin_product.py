@@ -72,6 +72,15 @@ def thin_product(
     with torch.no_grad():
         if B.shape[2] <= B.shape[1]:
             _thin_product(A, B, out, alpha, accumulate)
-        else:  # a wide result of a short sum is memory traffic, which the library does as well
-            torch.baddbmm(out, A, B, beta=1 if accumulate else 0, alpha=alpha, out=out)
+        else:  # a wide result of a short sum is the library's, which is twice as fast when it adds as when it writes
+            if not accumulate:
+                out.zero_()
+            torch.baddbmm(out, A, B, beta=1, alpha=alpha, out=out)
     return out
+
+
+def product(A: Float[Tensor, "I m k"], B: Float[Tensor, "I k n"]) -> Float[Tensor, "I m n"]:
+    """A B: by `thin_product`, unless somebody differentiates it."""
+    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
+        return torch.bmm(A, B)
+    return thin_product(A, B)
