@@ -161,12 +161,13 @@ def evaluate(
             terms["lp_sparsity"] = losses.lp_sparsity(weights)
     if method.simplicity:
         batch, exact = attributions.shape[1], method.schatten == "exact"
-        common = model.components, step.counts if weights is None else weights, method.p, method.eps, model.n_params
-        if accumulate and weights is None:
-            scale = method.simplicity * each
-            terms["simplicity"] = losses.simplicity_accumulate(*common, batch, exact, scale)
+        used = step.counts if selection is not None else weights
+        assert used is not None
+        common = model.components, used, method.p, method.eps, model.n_params, batch, exact
+        if accumulate and selection is not None:
+            terms["simplicity"] = losses.simplicity_accumulate(*common, scale=method.simplicity * each)
         else:
-            terms["simplicity"] = losses.simplicity(*common, batch, exact)
+            terms["simplicity"] = losses.simplicity(*common)
     weighted = [getattr(method, name) * term for name, term in terms.items() if getattr(method, name)]
     if not weighted:
         return step

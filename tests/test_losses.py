@@ -141,3 +141,9 @@ def test_losses_of_an_empty_selection_count_the_regulariser_alone():
     selection = ops.batch_topk(torch.rand(1, 3, 1, dtype=torch.float64), 0)
     found = losses.simplicity(_two_columns(), selection.counts, 1.0, 64.0, n_params=10, batch=selection.batch)
     torch.testing.assert_close(found, _t([3 * 2 * 8 / (10 * 3)]))
+
+
+def test_reconstruction_is_twice_differentiable():
+    output, target = (torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda y: losses.reconstruction(y, target), output.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda y: losses.reconstruction(y, target), output)

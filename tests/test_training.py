@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastapd import APD, DivergedError, Optimiser, decompose, metrics, ops
+from fastapd import APD, DivergedError, Optimiser, backends, decompose, metrics, ops
 from fastapd._rundir import RunDirectory, load_tensors, read_metrics
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
@@ -83,6 +83,42 @@ def test_evaluate_without_terms_has_nothing_to_differentiate():
     before = model.components.export()
     train_step(model, NONE, make_optimiser(model.components), 0.1, next(_data()))
     assert all(torch.equal(t, before[name]) for name, t in model.components.export().items())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"faithfulness": 0.0},
+        {"minimality": 0.0, "simplicity": 0.0},
+        {"schatten": "exact"},
+        {"activation_reconstruction": 0.5, "output_reconstruction": 0.7},
+        {"distil_from_target": True},
+        {"selection": "sample", "topk": 1.0},
+        {"selection": "exact"},
+        {"attribution": "activation"},
+        {"attribution_model": "components"},
+        {"lp_sparsity": 0.3},
+        {"topk": None, "lp_sparsity": 0.3, "minimality": 0.0},
+    ],
+    ids=str,
+)
+def test_step_leaves_the_gradients_that_autograd_finds(settings, backend):
+    """Terms that add their gradients by themselves, beside those that autograd brings; over what was there before."""
+    method = METHOD.model_copy(update=settings)
+    model, x = _model(_tms().double()), next(_data()).double()
+    parameters = list(model.components.parameters())
+    with backends.use_backend(*((backend,) if backend == "reference" else (backend, "reference"))):
+        plain = evaluate(model, method, x)
+        expected = torch.autograd.grad(plain.total, parameters, allow_unused=True, materialize_grads=True)
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, math.nan)
+        optimiser = make_optimiser(model.components)
+        step = train_step(model, method, optimiser, 0.0, x)
+    torch.testing.assert_close(step.total, plain.total, rtol=1e-12, atol=0)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
