@@ -163,13 +163,16 @@ cpu_schatten_factored = _cpu_sum(exact=False)
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros of the factors' size would be made for outputs that have no gradient
     ctx.with_grad = inputs[-1]
     ctx.save_for_backward(*output[1:])
 
 
 def _sum_backward(op: str) -> Any:
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         no_double_backward(op)
+        if grad is None:
+            return (None,) * 7
         grad_At, grad_B = ctx.saved_tensors
         scale = grad[:, None, None, None]
         return (scale * grad_At).mT, scale * grad_B, *[None] * 5
@@ -359,8 +362,10 @@ def cpu_schatten_factored_masked(
     return loss, grad_At, grad_B, grad_mask
 
 
-def _masked_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _masked_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     no_double_backward("schatten_factored")
+    if grad is None:
+        return (None,) * 6
     grad_At, grad_B, grad_mask = ctx.saved_tensors
     scale = grad[:, None, None]
     d_mask = scale * grad_mask if ctx.needs_input_grad[2] else None

@@ -254,10 +254,13 @@ _component_forward_selected_backward = define(
 def _selected_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, u = output
     ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)  # u has no gradient to make zeros for
     ctx.save_for_backward(*inputs[:3], u, *inputs[3:])
 
 
-def _selected_backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _selected_backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 8
     need_x, need_A, need_B = ctx.needs_input_grad[:3]
     grad_x, grad_At, grad_B = _component_forward_selected_backward(grad_y, *ctx.saved_tensors, need_x, need_A, need_B)
     return grad_x if need_x else None, grad_At.mT if need_A else None, grad_B if need_B else None, *[None] * 5
