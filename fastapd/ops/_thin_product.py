@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastapd import _native
+from fastapd import _native, backends
 from fastapd.ops import _check
 from fastapd.ops._op import define
 
@@ -70,7 +70,9 @@ def thin_product(
     if out is None:
         accumulate, out = False, A.new_empty(A.shape[0], A.shape[1], B.shape[2])
     with torch.no_grad():
-        if B.shape[2] <= B.shape[1]:
+        forced = backends.forced_backends()
+        # whoever forces a backend that has no product of its own gets the library's, as everywhere else
+        if B.shape[2] <= B.shape[1] and (forced is None or any(b in backends.TABLE[_OP] for b in forced)):
             _thin_product(A, B, out, alpha, accumulate)
         else:  # a wide result of a short sum is the library's, which is twice as fast when it adds as when it writes
             if not accumulate:
