@@ -104,7 +104,9 @@ def test_portability_objects_of_a_level_share_no_code_with_others(default_tree: 
         listed = native.run("nm", "--defined-only", path).stdout.splitlines()
         weak = [line.split()[-1] for line in listed if line.split()[-2] in "VWuvw"]
         assert weak, f"nm found no kernels in {path.name}"
-        assert [symbol for symbol in weak if level_of(symbol) != level] == []
+        # DW.ref. names a pointer to a routine of the C++ runtime: data, the same at every level
+        code = [symbol for symbol in weak if not symbol.startswith("DW.ref.")]
+        assert [symbol for symbol in code if level_of(symbol) != level] == []
 
 
 @pytest.mark.slow
