@@ -108,8 +108,8 @@ PLANTED = {
     ),
     "sums-of-tangents": (
         "attribution_tangent.cpp",
-        "sizes.widest) * kBlock<T> + sizes.size);",
-        "sizes.widest) * kBlock<T> + sizes.size - 1);",
+        "kBlock<T> +\n                            sizes.size);",
+        "kBlock<T> +\n                            sizes.size - 1);",
         "attribution_tangent_backward_float64",
         "heap-buffer-overflow",
     ),
