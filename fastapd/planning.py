@@ -73,7 +73,6 @@ class Form(NamedTuple):
         barriers: The numbers of the steps whose nonlinearities are barriers; the output is one more, unless its own
             step is the last of these.
         widths: Of all barriers.
-        gated_output: Whether the output is a nonlinearity.
         heads: For each site, the paths to its input from values that are not linear images of others.
         tails: For each site and barrier, the matrix from what the site writes; None is the identity.
         links: For each pair of barriers, the matrix between them.
@@ -81,7 +80,6 @@ class Form(NamedTuple):
 
     barriers: list[int]
     widths: list[int]
-    gated_output: bool
     heads: dict[str, Paths]
     tails: dict[str, dict[int, Tensor | None]]
     links: dict[tuple[int, int], Tensor]
@@ -140,8 +138,7 @@ def gated_linear_form(chain: Chain, found: Values) -> Form:
                 own = _merged(own, {ONES: shift.expand(shift.shape[0], 1, value.shape[-1])}, value)
         value_paths.append(own)
         tangent_paths.append(tangent)
-    gated_output = bool(barriers) and barriers[-1] == last
-    if not gated_output:
+    if not barriers or barriers[-1] != last:
         into.append(tangent_paths[last])
     widths = [_width(paths, found, barriers, k) for k, paths in enumerate(into)]
     tails: dict[str, dict[int, Tensor | None]] = {name: {} for name in heads}
@@ -154,7 +151,7 @@ def gated_linear_form(chain: Chain, found: Values) -> Form:
                 links[start, j] = torch.eye(widths[j], dtype=found.values[0].dtype, device=found.values[0].device)[None]
             else:
                 links[start, j] = matrix
-    return Form(barriers, widths, gated_output, heads, tails, links)
+    return Form(barriers, widths, heads, tails, links)
 
 
 def _width(paths: dict, found: Values, barriers: list[int], number: int) -> int:
