@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastapd import ops as ops
+    from fastapd._precision import use_precision as use_precision
     from fastapd.backends import explain as explain
     from fastapd.backends import use_backend as use_backend
     from fastapd.components import Components as Components
@@ -33,6 +34,7 @@ _WHERE = {
     "explain": "fastapd.backends",
     "ops": "",
     "use_backend": "fastapd.backends",
+    "use_precision": "fastapd._precision",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "explain",
     "ops",
     "use_backend",
+    "use_precision",
 ]
 
 

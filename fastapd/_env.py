@@ -29,6 +29,29 @@ def cpu_capability() -> str | None:
     return os.environ.get("FASTAPD_CPU_CAPABILITY") or None
 
 
+def precision() -> str:
+    """`FASTAPD_PRECISION`: how GPU kernels multiply float32 matrices, `ieee`, `tf32x3` or `tf32`."""
+    value = os.environ.get("FASTAPD_PRECISION") or "tf32x3"
+    if value not in ("ieee", "tf32x3", "tf32"):
+        raise SettingError(f"FASTAPD_PRECISION must be ieee, tf32x3 or tf32, got {value!r}")
+    return value
+
+
+def triton_cache() -> str | None:
+    """`TRITON_CACHE_DIR`: where the user wants compiled Triton kernels; None to let fastapd choose."""
+    return os.environ.get("TRITON_CACHE_DIR") or None
+
+
+def set_triton_cache(path: str) -> None:
+    """Where Triton, which looks at the same variable, keeps compiled kernels from now on."""
+    os.environ["TRITON_CACHE_DIR"] = path
+
+
+def cache_home() -> str:
+    """`XDG_CACHE_HOME`: the user's folder for caches."""
+    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+
+
 def triton_interprets() -> bool:
     """`TRITON_INTERPRET`: whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

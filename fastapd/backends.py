@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastapd import _env, _native
+from fastapd import _env, _native, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """All backends, fastest first: CUDA C++, Triton, CPU C++, plain PyTorch."""
@@ -27,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_sum:component_sum",
     },
     "component_sum_loss": {
+        "triton": "fastapd.kernels.component_sum:component_sum_loss",
         "cpu": "fastapd.ops._component_sum:cpu_component_sum_loss",
         "reference": "fastapd.reference.component_sum:component_sum_loss",
     },
@@ -34,14 +34,17 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_forward:component_forward",
     },
     "component_forward_selected": {
+        "triton": "fastapd.kernels.component_forward:component_forward_selected",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected",
         "reference": "fastapd.reference.component_forward:component_forward_selected",
     },
     "component_forward_selected_backward": {
+        "triton": "fastapd.kernels.component_forward:component_forward_selected_backward",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_backward",
         "reference": "fastapd.reference.component_forward:component_forward_selected_backward",
     },
     "component_forward_selected_accumulate": {
+        "triton": "fastapd.kernels.component_forward:component_forward_selected_accumulate",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_accumulate",
         "reference": "fastapd.reference.component_forward:component_forward_selected_accumulate",
     },
@@ -111,6 +114,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
+_CPU_ROWS = {op: [b for b in row if b not in ("cuda", "triton")] for op, row in TABLE.items()}
+"""What `choose` walks for tensors on the CPU when nothing is forced."""
+
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
     ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
@@ -146,22 +152,18 @@ def _cpu_reasons(tensors: list[Tensor]) -> list[str]:
     return reasons
 
 
-@functools.cache
-def _triton_missing() -> str:
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
-
-
 def _triton_reasons(tensors: list[Tensor]) -> list[str]:
-    if missing := _triton_missing():
+    if missing := _triton.missing():
         return [missing]
-    reasons = []
     first = tensors[0]
+    if first.device.type == "cuda":
+        reasons = list(_triton.device_reasons(first.device.index))
     # Triton's interpreter serves tests: it runs on CPU tensors when Triton is asked for by name, never by itself.
-    interprets = _env.triton_interprets() and "triton" in (forced_backends() or ())
-    if first.device.type != "cuda" and not (interprets and first.device.type == "cpu"):
-        reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
-    if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
-        reasons.append("the card's compute capability is below 8.0")
+    elif first.device.type == "cpu" and _env.triton_interprets() and "triton" in (forced_backends() or ()):
+        reasons = []
+    else:
+        why = f" ({no_cuda})" if (no_cuda := _triton.no_cuda()) else ""
+        reasons = [f"the tensors are on {first.device}, not on a CUDA device{why}"]
     for t in tensors:
         if t.is_floating_point() and t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             reasons.append(f"the Triton kernels take float32, float16 and bfloat16, not {t.dtype}")
@@ -266,10 +268,12 @@ def choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if len(tensors) < len(args):  # lists of tensors, or numbers
         tensors = _tensors(args)
-    for backend in row if forced is None else forced:
+    # a step of a small model on the CPU would feel the reasons of backends that never take its tensors
+    wanted = forced or (_CPU_ROWS[op] if tensors and tensors[0].is_cpu else row)
+    for backend in wanted:
         if backend in row and not _reasons(op, backend, args, tensors):
             return _load(row[backend])
     why_not = explain(op, *args)
     reasons = "; ".join(f"{b}: {', '.join(why_not[b]) or 'not among the forced backends'}" for b in BACKENDS)
-    wanted = f" (forced to {', '.join(forced)})" if forced else ""
-    raise NotImplementedError(f"{op}: no backend can run on these inputs{wanted}: {reasons}")
+    only = f" (forced to {', '.join(forced)})" if forced else ""
+    raise NotImplementedError(f"{op}: no backend can run on these inputs{only}: {reasons}")

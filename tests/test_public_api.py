@@ -25,6 +25,7 @@ NAMES = [
     "explain",
     "ops",
     "use_backend",
+    "use_precision",
 ]
 OPS = [
     "Selection",
