@@ -21,8 +21,6 @@ from fastapd._precision import precision
 ASSUMED_CAPABILITY = (9, 0)
 """Of what is no card: the interpreter, or a compilation for one that is not there."""
 
-SIZES = (16, 32, 64, 128, 256)
-
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
@@ -52,7 +50,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def block(n: int, least: int = 16, most: int = 128) -> int:
     """The power of two that holds n, within limits."""
-    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+    return min(max(1 << max(n - 1, 0).bit_length(), least), most)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,5 +108,6 @@ def _nothing_kernel():
 
 def start_nothing(index: int) -> None:
     """Compiles a kernel that does nothing and starts it on a device; raises whatever is wrong."""
+    kernel: Any = _nothing_kernel
     with torch.cuda.device(index):
-        _nothing_kernel[(1,)](enable_fp_fusion=True)
+        kernel[(1,)](enable_fp_fusion=True)

@@ -1,4 +1,4 @@
-"""y_b = sum over the components selected for b of (x_b A_c) B_c on a GPU, and its gradients, from the grouped selection.
+"""y_b = sum over the components selected for b of (x_b A_c) B_c on a GPU, and its gradients, from a grouped selection.
 
 With K pairs of sample and component, everything is one of three passes over the pairs, none of which forms a
 component's weights or outputs, and none of which adds to memory that another program writes:
@@ -204,7 +204,7 @@ def project_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, 
 
 
 def combine_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """16 rows of factors in flight, 64 where one component fills them; 2048 numbers of an accumulator a warp at most."""
+    """16 rows of factors in flight, 64 where one component fills them; 2048 sums a warp at most."""
     block_rank = block(rank, 1, 64)
     pairs = max(1, 16 // block_rank)
     block_d = min(block(d, 16, 256), 8192 // (pairs * block_rank))

@@ -267,8 +267,8 @@ def main() -> int:
     changed = compared(found)
     kernels, dtypes = {r["kernel"] for r in found}, {r["dtype"] for r in found}
     print(
-        f"compiled {len(found)} binaries: {len(kernels)} kernels x {len(dtypes)} dtypes x {len(given.sm)} architectures "
-        f"({', '.join(f'sm_{sm}' for sm in given.sm)}), Triton {triton.__version__}"
+        f"compiled {len(found)} binaries: {len(kernels)} kernels x {len(dtypes)} dtypes x {len(given.sm)} "
+        f"architectures ({', '.join(f'sm_{sm}' for sm in given.sm)}), Triton {triton.__version__}"
     )
     if given.out:
         given.out.write_text(json.dumps(found))
