@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import planning
 from fastapd.components import Components
 from fastapd.model import ComponentModel, Record
 from fastapd.ops import attribution_reduce
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd.ops import component_sum
 from fastapd.ops._unit_norm import remove_along, unit_norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class LayerShape(NamedTuple):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd.evaluation import Step, evaluate
@@ -14,6 +13,8 @@ from fastapd.model import ComponentModel, Record
 from fastapd.ops import Selection
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from fastapd._rundir import RunDirectory
     from fastapd.config import APD
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import losses
@@ -19,6 +18,8 @@ from fastapd.model import ComponentModel, Record
 from fastapd.ops import Selection, batch_topk, sample_topk
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from fastapd.config import APD
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]

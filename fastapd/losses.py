@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd.components import Components
 from fastapd.ops import component_sum_loss, schatten, schatten_factored
 from fastapd.ops._batched_svd import schatten_accumulate
 from fastapd.ops._component_sum import component_sum_loss_accumulate
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def faithfulness(components: Components, weights: Mapping[str, Tensor], n_params: int) -> Float[Tensor, " I"]:

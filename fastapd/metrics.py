@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 DEAD_BELOW = 1e-6  # a component is dead when its Frobenius norm is at most this share of the target's
 _TIE = 1e-6  # energies this close are one value: rounding must not spread equal copies over several features

@@ -13,10 +13,9 @@ import fnmatch
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd._chain import Chain, NotAChainError, trace
@@ -24,6 +23,9 @@ from fastapd.components import Components, LayerShape
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
 from fastapd.ops._component_forward import forward_selected_into_gradients
 from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Linear(nn.Module):

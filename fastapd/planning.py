@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd._chain import Chain
@@ -30,6 +29,8 @@ from fastapd.ops import TangentBarrier, TangentSource, attribution_tangent
 from fastapd.ops._thin_product import product
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from fastapd.components import Components
 
 PRODUCT_ELEMENTS = 1 << 26

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd.config import ResidualMLPTarget, RunConfig
 from fastapd.model import Linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LAYERS = ("layers.*.mlp_in", "layers.*.mlp_out")
 """The decomposed modules."""

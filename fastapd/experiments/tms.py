@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastapd import metrics
@@ -17,6 +16,9 @@ from fastapd.config import APD, Optimiser, RunConfig, TMSTarget
 from fastapd.decomposition import Decomposition
 from fastapd.experiments._check import Check
 from fastapd.model import ComponentModel, Linear, TransposedLinear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LAYERS = ("linear1", "linear2")
 """The decomposed modules; linear2 is tied to linear1 and counts as a layer of its own, as in the paper."""

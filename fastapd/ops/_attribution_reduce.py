@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import _native
 from fastapd.ops import _check
 from fastapd.ops._op import define, with_instances
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _OP = "attribution_reduce"
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -14,6 +13,9 @@ from fastapd import _native
 from fastapd.ops import _check
 from fastapd.ops._op import PLAIN, define, no_double_backward, with_instances
 from fastapd.reference.batched_svd import component_svdvals_backward
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # ------------------------------------------------------------------------------------------------- singular values
 

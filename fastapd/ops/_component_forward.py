@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastapd import _native
@@ -13,6 +12,9 @@ from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._batch_topk import Selection
 from fastapd.ops._op import define, no_double_backward, outside_autocast, with_instances
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 def _check_layer(op: str, x: Tensor, A: Tensor, B: Tensor) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import _native
@@ -13,6 +12,9 @@ from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._op import define, outside_autocast, with_instances
 from fastapd.ops._thin_product import product, thin_product
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def _check_sum(A: Tensor, B: Tensor) -> bool:

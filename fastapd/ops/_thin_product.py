@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastapd import _native, backends
 from fastapd.ops import _check
 from fastapd.ops._op import define
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _OP = "thin_product"
 
