@@ -67,6 +67,9 @@ class Chain(NamedTuple):
     before_sites: frozenset[int]
     """The numbers of the values that no site has a part in."""
 
+    constants: list[Callable[[], Tensor]]
+    """The target's tensors that its matrices and constants are or are made of, looked up when called."""
+
     def run(self, x: Tensor, layer: Callable[[str, Tensor], Tensor], known: list[Tensor] | None = None) -> list[Tensor]:
         """The values of all steps.
 
@@ -155,12 +158,13 @@ def trace(
     except Exception as error:  # tracing runs the target's own code on proxies: anything may come out of it
         text = str(error).strip().splitlines()
         raise NotAChainError(f"it cannot be traced: {type(error).__name__}: {text[0] if text else ''}") from error
-    steps = _Reader(target, sites, linears).read(graph)
+    reader = _Reader(target, sites, linears)
+    steps = reader.read(graph)
     before: set[int] = set()
     for number, step in enumerate(steps):
         if step.kind != "site" and before.issuperset(step.sources):
             before.add(number)
-    return Chain(steps, frozenset(before))
+    return Chain(steps, frozenset(before), reader.leaves)
 
 
 class _Reader:
@@ -172,6 +176,7 @@ class _Reader:
         self.steps: list[Step] = []
         self.numbers: dict[fx.Node, int] = {}
         self.constants: dict[fx.Node, Callable[[], Any]] = {}
+        self.leaves: list[Callable[[], Tensor]] = []
 
     def read(self, graph: fx.Graph) -> list[Step]:
         for node in graph.nodes:
@@ -205,6 +210,7 @@ class _Reader:
             self._add(node, Step("input", (), "input"))
         elif node.op == "get_attr":
             self.constants[node] = lambda name=str(node.target): operator.attrgetter(name)(self.target)
+            self.leaves.append(self.constants[node])
         elif not any(n in self.numbers for n in node.all_input_nodes):
             self._constant(node)
         elif node.op == "call_module":
@@ -236,6 +242,7 @@ class _Reader:
         if id(module) in self.names or type(module) in self.linears:
             matrix, bias = self.linears[type(module)]
             constant = (lambda: bias(module)) if bias(module) is not None else None
+            self.leaves += [lambda: matrix(module), *([constant] if constant is not None else [])]
             if id(module) in self.names:
                 if any(step.kind == "site" and step.name == self.names[id(module)] for step in self.steps):
                     raise NotAChainError(f"{name} runs more than once")

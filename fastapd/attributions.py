@@ -121,7 +121,7 @@ def ablation_attributions(
     found = []
     for c in range(n_components):
         mask = site.weight.new_ones(model.components.n_instances, 1, n_components)
-        mask[:, :, c] = 0
+        mask[:, :, c].zero_()  # a number to be assigned would first become a tensor
         without = model.forward(x, mask.expand(-1, batch, -1)).output
         if as_reference:
             if batch != 3:

@@ -203,6 +203,9 @@ class RunConfig(_Model):
         default="auto", description="where to run; auto: a GPU if there is one"
     )
     dtype: Literal["float32", "float64"] = Field(default="float32", description="floating-point type of the run")
+    cuda_graph: bool = Field(
+        default=False, strict=True, description="replay the steps as one CUDA graph (on a GPU, in float32)"
+    )
 
     @pydantic.field_validator("method")
     @classmethod
@@ -213,6 +216,20 @@ class RunConfig(_Model):
             which = "n_components - 1" if method.distil_from_target else "n_components"
             raise _house(f"be <= {which} = {rankable}", method.topk, key="method.topk")
         return method
+
+    @pydantic.field_validator("cuda_graph")
+    @classmethod
+    def _graph_fits(cls, cuda_graph: bool, info: ValidationInfo) -> bool:
+        method = info.data.get("method")
+        against = {
+            "device is 'cpu'": info.data.get("device") == "cpu",
+            "dtype is 'float64'": info.data.get("dtype") == "float64",
+            "method.selection is 'exact'": method and method.topk is not None and method.selection == "exact",
+        }
+        for reason, holds in against.items():
+            if cuda_graph and holds:
+                raise _house(f"be false when {reason}", cuda_graph)
+        return cuda_graph
 
 
 # ---- errors in the house's words

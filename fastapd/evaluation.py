@@ -28,17 +28,28 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """What one evaluation of the losses found."""
+    """What one evaluation of the losses found; the steps of a CUDA graph overwrite that of the step before."""
 
-    total: Tensor
-    """The weighted sum of the terms, averaged over instances: what is differentiated."""
     terms: dict[str, Float[Tensor, " I"]]
     """Each term before its coefficient, one value an instance."""
+    coefficients: dict[str, float]
+    """Of the terms that count; others are only reported."""
     attributions: Float[Tensor, "I b C"]
     selection: Selection | None
     """Of the ranked components; None in the Lp form, where all are on."""
     always_on: int
     """How many components, the last ones, are on for every sample and not ranked."""
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of the terms, averaged over instances: what a step lowers. Computed when it is asked for."""
+        weighted = [coefficient * self.terms[name] for name, coefficient in self.coefficients.items()]
+        if not weighted:
+            return self.attributions.new_zeros(())
+        total, *rest = weighted
+        for term in rest:
+            total = total + term
+        return total.mean()
 
     @property
     def mask(self) -> Tensor:
@@ -117,7 +128,7 @@ def evaluate(
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
         distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
         accumulate: Whether the gradients of the total are to be left in the components: those of terms of the weights
-            alone replace what is there at once, and `total.backward()` adds the others.
+            alone replace what is there at once, and the backward passes of the other terms add theirs.
     """
     of_target = method.attribution == "gradient" and method.attribution_model == "target"
     target = model.record_target(x, differentiable=of_target and model.plan(x).form == "reverse")
@@ -133,7 +144,7 @@ def evaluate(
     always_on = int(method.distil_from_target)
     ranked = attributions[..., : attributions.shape[-1] - always_on]
     selection = None if method.topk is None else select(ranked, method, x, model.threshold(ranked))
-    step = Step(x.new_zeros(()), {}, attributions, selection, always_on)
+    step = Step({}, {}, attributions, selection, always_on)
     terms = step.terms
     each = 1 / model.components.n_instances  # the total is a mean over instances
     if accumulate and method.faithfulness:
@@ -169,13 +180,8 @@ def evaluate(
             terms["simplicity"] = losses.simplicity_accumulate(*common, scale=method.simplicity * each)
         else:
             terms["simplicity"] = losses.simplicity(*common)
-    weighted = [getattr(method, name) * term for name, term in terms.items() if getattr(method, name)]
-    if not weighted:
-        return step
-    total, *rest = weighted
-    for term in rest:
-        total = total + term
-    return step._replace(total=total.mean())
+    step.coefficients.update({name: coefficient for name in terms if (coefficient := getattr(method, name))})
+    return step
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -133,6 +133,11 @@ def find_sites(target: nn.Module, patterns: Sequence[str]) -> list[Site]:
     return sites
 
 
+def version(t: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts it."""
+    return 0 if t.is_inference() else t._version
+
+
 @contextlib.contextmanager
 def _replaced(sites: Sequence[Site], layer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
     """For the length of a with block, each site computes `layer(site, x)`."""
@@ -210,6 +215,10 @@ class ComponentModel:
         if known is None or (known.shape, known.dtype, known.device) != like:
             known = self._threshold = attributions.new_full(attributions.shape[:1], math.nan)
         return known
+
+    def kept(self) -> tuple[Any, ...]:
+        """What one step leaves for the next to read, beside parameters: the chain's form and the threshold."""
+        return self._form, self._threshold
 
     def forward(
         self,
@@ -329,7 +338,7 @@ class ComponentModel:
         """How gradient attributions of a batch like x are computed; decided once for every shape."""
         key = (tuple(x.shape), x.dtype, x.device)
         if key not in self._plans:
-            found = self.record_target(x).found
+            found = None if isinstance(self.chain, str) else self.record_target(x).found
             if found is None:
                 reason = self.chain if isinstance(self.chain, str) else "its batch is empty"
                 return Plan("reverse", f"the target is not a chain of linear maps and nonlinearities: {reason}", (), {})
@@ -343,9 +352,9 @@ class ComponentModel:
     def form(self, found: Values) -> Form:
         """The chain's gated linear form; kept until a constant of the target changes."""
         assert not isinstance(self.chain, str)
-        constants = [get() for step in self.chain.steps for get in (step.matrix, step.constant) if get is not None]
+        constants = [get() for get in self.chain.constants]  # what is computed from them is another tensor every time
         constants += found.weights.values()
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in constants]
+        key = [(t.data_ptr(), version(t)) for t in constants]
         if key != self._form_key:
             self._form, self._form_key = gated_linear_form(self.chain, found), key
             self._form_of = constants  # kept, so that no other tensor comes to lie where one of them was

@@ -390,8 +390,9 @@ def _gate(chain: Chain, found: Values, number: int, rows: Rows) -> Float[Tensor,
     step = chain.steps[number]
     assert step.function is not None
     if step.is_relu:
-        return rows((found.values[number] > 0).to(found.values[number].dtype))
+        return rows(found.values[number].detach().sign())  # of no negative numbers, in one operation
     with torch.enable_grad():
         x = found.values[step.sources[0]].detach().requires_grad_()
-        (slope,) = torch.autograd.grad(step.function(x).sum(), x)
+        y = step.function(x)
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     return rows(slope)

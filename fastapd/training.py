@@ -1,13 +1,16 @@
 """The training step as one function, and the loop around it.
 
 One step of APD in top-k mode, in this order, which is the research code's (so that its trajectories can be replayed):
-unit norm -> learning rate -> batch -> target (recorded) -> attributions -> selection -> masked forward -> losses ->
+learning rate -> batch -> unit norm -> target (recorded) -> attributions -> selection -> masked forward -> losses ->
 backward -> tangential gradients -> AdamW. Nothing differentiates into the target, nor through attributions except in
 the Lp form; the forward of all components runs only when a loss or the attribution asks for it.
+
+From unit norm on, a step is `update`, which on a CUDA device never waits for it: `_cuda_graph` makes one graph of it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,9 +55,30 @@ def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
     return optimiser.lr
 
 
-def make_optimiser(components: Components) -> torch.optim.Optimizer:
-    """AdamW without weight decay, fused: the research code's optimiser. Its learning rate is set at every step."""
-    return torch.optim.AdamW(components.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+def make_optimiser(components: Components, capturable: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW without weight decay, fused: the research code's optimiser. Its learning rate is set at every step.
+
+    Args:
+        components: What it trains.
+        capturable: Whether its steps can be captured in a CUDA graph: the learning rate is then a float32 tensor on the
+            device. None for whether they are on a CUDA device, so that there a graph does not change a number.
+    """
+    parameters = list(components.parameters())
+    capturable = parameters[0].is_cuda if capturable is None else capturable
+    optimiser = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True, capturable=capturable)
+    if capturable:
+        for group in optimiser.param_groups:
+            group["lr"] = torch.zeros((), device=parameters[0].device)
+    return optimiser
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the steps to come; where it is a tensor, that keeps its place."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def train_step(
@@ -67,19 +91,48 @@ def train_step(
     distance: Distance | None = None,
 ) -> Step:
     """One step of training: normalise, evaluate, differentiate, update. Returns what `evaluate` found."""
+    set_learning_rate(optimiser, lr)
+    return update(model, method, optimiser, x, activations, distance)
+
+
+def update(
+    model: ComponentModel,
+    method: APD,
+    optimiser: torch.optim.Optimizer,
+    x: Tensor,
+    activations: Activations | None = None,
+    distance: Distance | None = None,
+) -> Step:
+    """`train_step` at the learning rate that is set: what a CUDA graph captures, so nothing here waits for the device.
+
+    What lives on from one step to the next stays in its place: parameters, their gradients, the optimiser's state, the
+    threshold of the selection, and what the plan keeps of the target.
+    """
     if method.unit_norm:
         model.components.normalise_()
-    for group in optimiser.param_groups:
-        group["lr"] = lr
     step = evaluate(model, method, x, activations, distance=distance, accumulate=True)
     if step.terms:
-        if step.total.requires_grad:
+        differentiable = [name for name in step.coefficients if step.terms[name].requires_grad]
+        if differentiable:
+            terms = [step.terms[name] for name in differentiable]
+            slopes = [_slope(step.coefficients[name], term) for name, term in zip(differentiable, terms, strict=True)]
             # only the components: whatever else of the target requires gradients is left alone
-            step.total.backward(inputs=list(model.components.parameters()))
+            torch.autograd.backward(terms, slopes, inputs=list(model.components.parameters()))
         if method.unit_norm:
             model.components.tangent_gradients_()
         optimiser.step()
     return step
+
+
+def _slope(coefficient: float, term: Tensor) -> Tensor:
+    """The derivative of the total, a mean over instances, by a term: a pass back through the total costs more."""
+    return term.new_full(term.shape, _mean_slope(coefficient, term.numel(), term.dtype))
+
+
+@functools.cache
+def _mean_slope(coefficient: float, n: int, dtype: torch.dtype) -> float:
+    """coefficient / n, rounded as autograd does."""
+    return (torch.ones((), dtype=dtype, device="cpu") / n * coefficient).item()
 
 
 def _row(step: Step, index: int, lr: float, started: float) -> dict[str, Any]:
@@ -102,6 +155,14 @@ def _forever(data: Iterable[Any]) -> Iterator[Tensor]:
             raise ValueError("decompose: data must yield batches, got none; pass an iterable that can be restarted")
 
 
+def _sent(x: Tensor, like: Tensor) -> Tensor:
+    """A batch in the dtype and on the device of `like`; by way of pinned memory of our own where that spares a wait."""
+    if like.is_cuda and x.device.type == "cpu":
+        pinned = torch.empty(x.shape, dtype=like.dtype, device="cpu", pin_memory=True).copy_(x)
+        return pinned.to(like.device, non_blocking=True)
+    return x.to(device=like.device, dtype=like.dtype)
+
+
 def decompose(
     target: nn.Module,
     data: Iterable[Any],
@@ -120,6 +181,7 @@ def decompose(
     out: RunDirectory | str | Path | None = None,
     log_every: int = 100,
     progress: bool = False,
+    cuda_graph: bool = False,
 ) -> Decomposition:
     """Decomposes layers of a target into components by APD.
 
@@ -142,16 +204,23 @@ def decompose(
             that was made already; None writes nothing.
         log_every: Steps between two rows of metrics.
         progress: Whether to show a progress bar.
+        cuda_graph: Whether steps are replayed as one CUDA graph, which changes no number and spares a small step most
+            of its time: after the first three a step is captured, and again if the target's parameters or buffers
+            change. For float32, float16 and bfloat16 targets on a CUDA device and batches of one shape; `activations`
+            and `distance` must not wait for the device.
 
     Returns:
         The `Decomposition`, with the rows of metrics in `history`.
 
     Raises:
-        ValueError: If a target matches nothing or the data has the wrong shape.
+        ValueError: If a target matches nothing, the data has the wrong shape, or `cuda_graph` is not for this target,
+            method or data.
+        NotImplementedError: If a step cannot be captured.
         FileExistsError: If `out` is taken.
         DivergedError: If a loss becomes NaN or infinite.
         KeyboardInterrupt: As it came, after the run directory was brought up to date.
     """
+    from fastapd import _cuda_graph
     from fastapd._rundir import RunDirectory
     from fastapd.config import APD, Optimiser
 
@@ -169,9 +238,15 @@ def decompose(
         raise ValueError(f"decompose: init must have C = {C} components, got {init.n_components}")
     model = ComponentModel(target, sites, init)
     result = Decomposition(model, method)
+    if cuda_graph:
+        _cuda_graph.refuse(model, method)
     # Claimed when nothing above was refused, so that the same path can be given again.
     run = RunDirectory.create(out, "decompose") if isinstance(out, (str, Path)) else out
-    adam = make_optimiser(init)
+    if cuda_graph:
+        take_step = _cuda_graph.GraphedSteps(model, method, make_optimiser(init, True), activations, distance)
+    else:
+        adam = make_optimiser(init)
+        take_step = lambda lr, x: train_step(model, method, adam, lr, x, activations, distance)  # noqa: E731
     batches = _forever(data)
     started = time.perf_counter()
     index, state, message = 0, "failed", ""
@@ -184,11 +259,11 @@ def decompose(
         run.set_status("running", 0, steps)
     try:
         for index in range(steps + 1):
-            x = next(batches).to(device=first.device, dtype=first.dtype)
+            x = _sent(next(batches), first)
             lr = learning_rate(index, steps, optimiser)
             logged = index % log_every == 0 or index == steps
             if index < steps:
-                step = train_step(model, method, adam, lr, x, activations, distance)
+                step = take_step(lr, x)
             else:
                 if method.unit_norm:
                     init.normalise_()

@@ -305,6 +305,16 @@ def test_cli_run_with_a_value_out_of_range_exits_2(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_cli_run_with_a_graph_where_there_is_no_card_exits_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = ["run", "tms_5-2", *TINY, "--cuda-graph"]
+    assert "config: cuda_graph must be false on a CPU, got True and torch sees no CUDA device" in _refusal(run, capsys)
+    assert "config: cuda_graph must be false when device is 'cpu', got True" in _refusal(
+        [*run, "--device", "cpu"], capsys
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("command", [["demo"], ["run", "tms_5-2"]])
 def test_cli_out_that_is_not_empty_exits_2(tmp_path, capsys, command):
     (tmp_path / "full").mkdir()

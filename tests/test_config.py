@@ -136,6 +136,13 @@ REFUSALS = [
     ({"method": {"topk": 1, "unit_norm": 1}}, "method.unit_norm must be true or false, got 1"),
     ({"method": {"topk": 1, "unit_norm": "true"}}, "method.unit_norm must be true or false, got 'true'; write it"),
     ({"method": {"topk": 1, "selection": "all"}}, "method.selection must be 'batch' or 'sample' or 'exact', got 'all'"),
+    ({"cuda_graph": 1}, "cuda_graph must be true or false, got 1"),
+    ({"cuda_graph": True, "device": "cpu"}, "cuda_graph must be false when device is 'cpu', got True"),
+    ({"cuda_graph": True, "dtype": "float64"}, "cuda_graph must be false when dtype is 'float64', got True"),
+    (
+        {"cuda_graph": True, "method": {"topk": 1, "selection": "exact"}},
+        "cuda_graph must be false when method.selection is 'exact', got True",
+    ),
     ({"target": {}}, "target.family must be 'tms' or 'residual_mlp', got nothing"),
     ({"target": {"family": "gpt"}}, "target.family must be 'tms' or 'residual_mlp', got 'gpt'"),
     ({"target": 3}, "target must be a mapping, got 3"),
@@ -155,6 +162,13 @@ REFUSALS = [
 def test_config_refusal_names_the_key(changes, message):
     (problem,) = _problems(**changes)
     assert problem.startswith(f"config: {message}")
+
+
+def test_config_takes_a_graph_where_there_can_be_one():
+    assert config.parse(_mapping()).cuda_graph is False
+    assert config.parse(_mapping(cuda_graph=True, device="cuda")).cuda_graph is True
+    lp = {"topk": None, "selection": "exact", "lp_sparsity": 1.0}  # where nothing is selected
+    assert config.parse(_mapping(cuda_graph=True, method=lp)).cuda_graph is True
 
 
 def test_config_lists_every_problem():
@@ -324,7 +338,10 @@ targets = st.one_of(
     ),
 )
 runs = st.builds(
-    RunConfig,
+    lambda graph, **values: RunConfig(
+        **values | ({"cuda_graph": True, "device": "cuda", "dtype": "float32"} if graph else {})
+    ),
+    graph=st.booleans(),
     experiment=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z", fullmatch=True)
     | st.sampled_from(["1e3", "no", "true", "null", "010", "1_0", "2020-01-01", "0x1F", "1.", "y"]),
     seed=st.integers(0, 2**63 - 1), n_instances=count, n_components=count, rank=st.none() | count, steps=count,

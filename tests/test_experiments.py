@@ -85,6 +85,7 @@ PAPER = {
         "eval_batch": 4096,
         "device": "auto",
         "dtype": "float32",
+        "cuda_graph": False,
     },
     "tms_40-10": {
         "experiment": "tms_40-10",
@@ -123,6 +124,7 @@ PAPER = {
         "eval_batch": 4096,
         "device": "auto",
         "dtype": "float32",
+        "cuda_graph": False,
     },
 }
 
@@ -481,6 +483,21 @@ def test_run_experiment_refuses_a_directory_in_use(outcome):
     with pytest.raises(FileExistsError):
         run_experiment(config, done.directory)
     assert (done.directory / "status.json").read_text() == before
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_run_experiment_hands_on_whether_steps_are_a_graph(tmp_path, monkeypatch, cuda_graph):
+    found = {}
+
+    def stop(*args, **settings):
+        found.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastapd.experiments._run.decompose", stop)
+    monkeypatch.setattr("fastapd.experiments._run._device", lambda config: torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(_small(device="auto", cuda_graph=cuda_graph), tmp_path / "run")
+    assert found["cuda_graph"] is cuda_graph
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_distillation_reproduces_the_golden_arrays(dtype, backend):
     scores = z["scores"].unsqueeze(0)
     with use_backend(*backend):
         selection = select(scores[..., :-1], APD(topk=1.28, distil_from_target=True))
-    step = Step(torch.zeros(()), {}, scores, selection, 1)
+    step = Step({}, {}, scores, selection, 1)
     z.assert_mask(step.mask.squeeze(0), "distil_mask_batch_k1.28")
     assert step.counts[0, -1] == 12
 

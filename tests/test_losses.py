@@ -55,6 +55,13 @@ def test_reconstruction_by_hand():
     torch.testing.assert_close(losses.reconstruction(output, target), _t([5 / 2, 16 / 2]))
 
 
+def test_reconstruction_can_be_differentiated_twice():
+    output, target = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(2))
+    output.requires_grad_()
+    assert torch.autograd.gradcheck(losses.reconstruction, (output, target))
+    assert torch.autograd.gradgradcheck(losses.reconstruction, (output, target))
+
+
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
 def test_reconstruction_without_instances_is_one_value(shape):
     output = _t([1, 2, 3, 4, 5, 6]).reshape(shape)

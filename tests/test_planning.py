@@ -415,6 +415,31 @@ def test_planning_keeps_a_form_as_long_as_nothing_changes(monkeypatch):
     assert len(built) == 1
 
 
+class _Computed(nn.Module):
+    """Its second matrix is computed from a parameter, so another tensor every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.W = nn.Linear(6, 5), nn.Parameter(torch.zeros(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.first(x)) @ self.W.mul(3).mT
+
+
+def test_planning_keeps_a_form_whose_constants_are_computed(monkeypatch):
+    built = []
+    right = planning.gated_linear_form
+    monkeypatch.setattr("fastapd.model.gated_linear_form", lambda *args: built.append(1) or right(*args))
+    model, x = _model(_Computed(), ["first"]), torch.randn(9, 6, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(gradient_attributions(model, model.record_target(x)), _reverse(model, x), **CLOSE)
+    assert model.plan(x).form == "tangent" and len(built) == 1
+    with torch.no_grad():
+        model.target.W.mul_(2)
+    torch.testing.assert_close(gradient_attributions(model, model.record_target(x)), _reverse(model, x), **CLOSE)
+    assert len(built) == 2
+
+
 def test_planning_of_the_component_model_follows_its_components():
     """The matrices between are sums of components there: made anew for every batch, perhaps where the last one was."""
     target = ResidualMLP(1, 7, 4, 5, 2, bias=True)

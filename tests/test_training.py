@@ -121,6 +121,26 @@ def test_step_leaves_the_gradients_that_autograd_finds(settings, backend):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
 
 
+DISTANCES = {
+    "a scalar": lambda f, t: (f - t).square().mean(),
+    "one value for all": lambda f, t: (f - t).square().mean().reshape(1),
+    "one an instance": lambda f, t: (f - t).abs().mean((-2, -1)),
+}
+
+
+@pytest.mark.parametrize("faithfulness", [0.0, 1.0])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_step_differentiates_what_a_distance_returns(distance, faithfulness):
+    """Terms of all shapes count as the mean over instances, though none is ever added up for it."""
+    settings = {"minimality": 3.0, "output_reconstruction": 0.7, "simplicity": 0.0, "faithfulness": faithfulness}
+    method, model, x = METHOD.model_copy(update=settings), _model(_tms().double()), next(_data()).double()
+    plain = evaluate(model, method, x, distance=DISTANCES[distance])
+    expected = torch.autograd.grad(plain.total, list(model.components.parameters()))
+    train_step(model, method, make_optimiser(model.components), 0.0, x, distance=DISTANCES[distance])
+    for parameter, gradient in zip(model.components.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "method, reported, full, selected",
     [

@@ -87,12 +87,12 @@ def run_experiment(
         echo: Receives every line meant for a person.
 
     Raises:
-        ConfigError: If the experiment's family cannot be run.
+        ConfigError: If the experiment's family cannot be run, or not on this machine as the settings say.
         FileExistsError: If `out` is taken.
         DivergedError: If a loss becomes NaN or infinite.
     """
     experiment = family(config)
-    device = _device(config.device)
+    device = _device(config)
     started = time.perf_counter()
     done, phase = 0, "training the target"
     with RunDirectory.create(out, default_name or config.experiment) as run:
@@ -142,6 +142,7 @@ def run_experiment(
                 out=run,
                 log_every=config.log_every,
                 progress=progress,
+                cuda_graph=config.cuda_graph,
             )
             done, phase = config.steps, "writing the report"
             seconds = time.perf_counter() - started
@@ -160,12 +161,15 @@ def run_experiment(
     return Outcome(run.path, check, decomposition)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+def _device(config: RunConfig) -> torch.device:
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
         raise configs.ConfigError("config: device must be available, got cuda and torch sees no CUDA device")
-    return torch.device(name)
+    if config.cuda_graph and not there:
+        raise configs.ConfigError("config: cuda_graph must be false on a CPU, got True and torch sees no CUDA device")
+    if config.device == "auto":
+        return torch.device("cuda" if there else "cpu")
+    return torch.device(config.device)
 
 
 def _write(

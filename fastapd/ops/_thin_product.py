@@ -76,6 +76,8 @@ def thin_product(
         # whoever forces a backend that has no product of its own gets the library's, as everywhere else
         if B.shape[2] <= B.shape[1] and (forced is None or any(b in backends.TABLE[_OP] for b in forced)):
             _thin_product(A, B, out, alpha, accumulate)
+        elif out.is_cuda:
+            torch.baddbmm(out, A, B, beta=int(accumulate), alpha=alpha, out=out)
         else:  # a wide result of a short sum is the library's, which is twice as fast when it adds as when it writes
             if not accumulate:
                 out.zero_()
