@@ -49,54 +49,67 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_forward:component_forward_selected_accumulate",
     },
     "attribution_reduce": {
+        "triton": "fastapd.kernels.attribution_reduce:attribution_reduce",
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce",
     },
     "attribution_reduce_backward": {
+        "triton": "fastapd.kernels.attribution_reduce:attribution_reduce_backward",
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce_backward",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce_backward",
     },
     "attribution_tangent": {
+        "triton": "fastapd.kernels.attribution_tangent:attribution_tangent",
         "cpu": "fastapd.ops._attribution_tangent:cpu_attribution_tangent",
         "reference": "fastapd.reference.attribution_tangent:attribution_tangent",
     },
     "attribution_tangent_backward": {
+        "triton": "fastapd.kernels.attribution_tangent:attribution_tangent_backward",
         "cpu": "fastapd.ops._attribution_tangent:cpu_attribution_tangent_backward",
         "reference": "fastapd.reference.attribution_tangent:attribution_tangent_backward",
     },
     "batch_topk": {
+        "triton": "fastapd.kernels.batch_topk:batch_topk",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",
     },
     "batch_topk_warm": {
+        "triton": "fastapd.kernels.batch_topk:batch_topk_warm",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_warm",
         "reference": "fastapd.reference.batch_topk:batch_topk_warm",
     },
     "batch_topk_counts": {
+        "triton": "fastapd.kernels.batch_topk:batch_topk_counts",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_counts",
         "reference": "fastapd.reference.batch_topk:batch_topk_counts",
     },
     "sample_topk": {
+        "triton": "fastapd.kernels.batch_topk:sample_topk",
         "cpu": "fastapd.ops._batch_topk:cpu_sample_topk",
         "reference": "fastapd.reference.batch_topk:sample_topk",
     },
     "component_svdvals": {
+        "triton": "fastapd.kernels.batched_svd:component_svdvals",
         "cpu": "fastapd.ops._batched_svd:cpu_component_svdvals",
         "reference": "fastapd.reference.batched_svd:component_svdvals",
     },
     "schatten": {
+        "triton": "fastapd.kernels.batched_svd:schatten",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten",
         "reference": "fastapd.reference.batched_svd:schatten",
     },
     "schatten_factored": {
+        "triton": "fastapd.kernels.batched_svd:schatten_factored",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored",
         "reference": "fastapd.reference.batched_svd:schatten_factored",
     },
     "schatten_accumulate": {
+        "triton": "fastapd.kernels.batched_svd:schatten_accumulate",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_accumulate",
         "reference": "fastapd.reference.batched_svd:schatten_accumulate",
     },
     "schatten_factored_masked": {
+        "triton": "fastapd.kernels.batched_svd:schatten_factored_masked",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored_masked",
         "reference": "fastapd.reference.batched_svd:schatten_factored_masked",
     },
@@ -105,10 +118,12 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.thin_product:thin_product",
     },
     "unit_norm": {
+        "triton": "fastapd.kernels.unit_norm:unit_norm",
         "cpu": "fastapd.ops._unit_norm:cpu_unit_norm",
         "reference": "fastapd.reference.unit_norm:unit_norm",
     },
     "remove_along": {
+        "triton": "fastapd.kernels.unit_norm:remove_along",
         "cpu": "fastapd.ops._unit_norm:cpu_remove_along",
         "reference": "fastapd.reference.unit_norm:remove_along",
     },
@@ -120,6 +135,9 @@ _CPU_ROWS = {op: [b for b in row if b not in ("cuda", "triton")] for op, row in 
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
     ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
+    ("component_svdvals", "triton"): "fastapd.kernels.batched_svd:limits",
+    ("schatten", "triton"): "fastapd.kernels.batched_svd:limits",
+    ("schatten_accumulate", "triton"): "fastapd.kernels.batched_svd:accumulate_limits",
 }
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 
@@ -155,14 +173,14 @@ def _cpu_reasons(tensors: list[Tensor]) -> list[str]:
 def _triton_reasons(tensors: list[Tensor]) -> list[str]:
     if missing := _triton.missing():
         return [missing]
-    first = tensors[0]
+    first, wanted = tensors[0], "triton" in (forced_backends() or ())
     if first.device.type == "cuda":
         reasons = list(_triton.device_reasons(first.device.index))
     # Triton's interpreter serves tests: it runs on CPU tensors when Triton is asked for by name, never by itself.
-    elif first.device.type == "cpu" and _env.triton_interprets() and "triton" in (forced_backends() or ()):
+    elif first.device.type == "cpu" and wanted and _env.triton_interprets():
         reasons = []
     else:
-        why = f" ({no_cuda})" if (no_cuda := _triton.no_cuda()) else ""
+        why = f" ({no_cuda})" if wanted and (no_cuda := _triton.no_cuda()) else ""
         reasons = [f"the tensors are on {first.device}, not on a CUDA device{why}"]
     for t in tensors:
         if t.is_floating_point() and t.dtype not in (torch.float32, torch.float16, torch.bfloat16):

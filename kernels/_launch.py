@@ -81,9 +81,11 @@ def launch(op: str, kernel: Any, n_programs: int, on: Tensor, *args: Any, **conf
             kernel[(n_programs,)](*args, **config, enable_fp_fusion=True)  # explicit, as its default changes
     except (CompilationError, OutOfResources, PTXASError) as error:
         major, minor = capability(on)
+        said = str(error).strip().splitlines()
+        what = said[-1 if isinstance(error, CompilationError) else 0]  # the source comes first, then what is wrong
         raise RuntimeError(
             f"{op}: the Triton kernel {kernel.__name__} cannot be built for compute capability {major}.{minor}, "
-            f"got {type(error).__name__}: {str(error).strip().splitlines()[0]}; use fastapd.use_backend('reference')"
+            f"got {type(error).__name__}: {what}; use fastapd.use_backend('reference')"
         ) from error
 
 
