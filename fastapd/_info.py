@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 import fastapd
-from fastapd import _native, backends
+from fastapd import _native, _triton, backends
+from fastapd._precision import precision
 from fastapd._rundir import environment
 
 
@@ -69,6 +70,7 @@ def lines() -> list[str]:
         archs = ", ".join(f"sm_{a}" for a in info.get("cuda_archs", []))
         found = cuda.module.unavailable_reason() or f"{cuda.module.device_count()} devices"
         out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs}; device queries only so far; {found}")
+    out.append(f"  triton   {_triton_line(env['triton'])}")
     forced = backends.forced_backends()
     out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else 'chosen per call, first that can run'}"]
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
@@ -77,6 +79,18 @@ def lines() -> list[str]:
         for op, args in _examples(device).items():
             out += _explained(op, args, forced)
     return out
+
+
+def _triton_line(version: str | None) -> str:
+    """Whether Triton's kernels run here, and how they multiply."""
+    if version is None:
+        return f"absent. {_triton.missing()}"
+    here = _triton.no_cuda()
+    for index in range(0 if here else torch.cuda.device_count()):
+        reasons = _triton.device_reasons(index)
+        here += f"{'; ' if here else ''}cuda:{index} {', '.join(reasons) or 'runs kernels'}"
+    n_ops = sum("triton" in row for row in backends.TABLE.values())
+    return f"{version}, kernels for {n_ops} of {len(backends.TABLE)} operations, products in {precision()}; {here}"
 
 
 def _explained(op: str, args: tuple[Any, ...], forced: tuple[str, ...] | None) -> list[str]:

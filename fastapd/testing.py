@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastapd import _cases, backends, ops
+from fastapd import _cases, _env, backends, ops
 from fastapd._cases import CASES as CASES
 from fastapd._cases import EPS as EPS
 from fastapd._cases import Case as Case
@@ -288,8 +288,9 @@ write into their arguments, given as they are with those arguments copied."""
 
 
 def cpu_backends(op: str) -> list[str]:
-    """The backends that exist for an op and run on CPU tensors."""
-    return [b for b in ("cpu", "reference") if b in backends.TABLE[op]]
+    """The backends that exist for an op and run on CPU tensors, Triton's among them where its interpreter is on."""
+    names = ("triton", "cpu", "reference") if _env.triton_interprets() else ("cpu", "reference")
+    return [b for b in names if b in backends.TABLE[op]]
 
 
 def pairs(*names: str) -> list[tuple[str, str]]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fastapd import _native, backends
+from fastapd import _native, backends, use_precision
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +54,105 @@ def chosen_backend() -> Iterator[None]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend named by the parameter, forced for the test."""
+    """The backend named by the parameter, forced for the test; Triton's kernels run in the checked interpreter."""
     if request.param == "cpu" and (reason := _native.load("_C").reason):
         pytest.skip(reason)
-    with backends.use_backend(request.param):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backends.use_backend(request.param))
+        if request.param == "triton":
+            stack.enter_context(use_precision("ieee"))
+            stack.enter_context(_load("checked").checked())
         yield request.param
+
+
+class Lanes:
+    """Proofs of the Triton kernels in processes of their own, which run, one after another, beside other tests."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._done: dict[str, Future[tuple[int, str]]] = {}
+        self._running: subprocess.Popen[str] | None = None
+        self.said: list[str] = []
+
+    def start(self) -> None:
+        here = Path(__file__).parent
+        check = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider"]
+        interpret = {"TRITON_INTERPRET": "1"}
+        far = [*check, str(here / "ops" / "test_contracts.py"), "-k", "triton and more_elements"]
+        lanes = {"interpreter": ([*check, "-o", "python_files=check_*.py", str(here / "triton")], interpret)}
+        lanes["far"] = far, interpret
+        for sm in (80, 90, 100):
+            lanes[f"sm_{sm}"] = [str(here / "triton" / "compiled.py"), "--sm", str(sm)], {}
+        for name, (command, settings) in lanes.items():
+            self._done[name] = self._pool.submit(self._run, command, settings)
+
+    def _run(self, command: list[str], settings: dict[str, str]) -> tuple[int, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTAPD_", "TRITON_", "PYTEST_"))}
+        env |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **settings}
+        self._running = subprocess.Popen(
+            [sys.executable, "-P", *command], cwd=Path(__file__).parents[1], env=env, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        printed, _ = self._running.communicate()
+        self.said += [line for line in printed.splitlines() if line.startswith(("interpreted", "compiled"))]
+        return self._running.returncode, printed
+
+    def result(self, name: str) -> tuple[int, str]:
+        """The exit status of a lane and what it printed, once it has ended."""
+        return self._done[name].result(timeout=1500)
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._running is not None:
+            self._running.kill()
+
+
+LANES = Lanes()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever waits for a lane comes last."""
+    items.sort(key=lambda item: "triton_lanes" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def triton_lanes(request: pytest.FixtureRequest) -> Iterator[Lanes]:
+    """The lanes, started with the first test if any test waits for them."""
+    if any(
+        item.originalname == "test_triton_lane" for item in request.session.items if isinstance(item, pytest.Function)
+    ):
+        LANES.start()
+    yield LANES
+    LANES.stop()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in LANES.said:
+        terminalreporter.write_line(f"triton {line}")
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    """A module of tests/triton, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "triton" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[Any]:
+    """A test that hands float64 to the Triton kernels, which refuse it, is skipped with that reason."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        callspec = getattr(pyfuncitem, "callspec", None)
+        refused = "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
+        if callspec is not None and callspec.params.get("backend") == "triton" and refused in str(error):
+            pytest.skip(refused)
+        raise
 
 
 @pytest.fixture

@@ -231,10 +231,21 @@ def _install() -> None:
                 raise Fault(f"a product in {mode}")
         return _Handle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
+    select = _Builder.create_select
+
+    def create_select(self: Any, condition: Any, left: Any, right: Any) -> Any:
+        found = select(self, condition, left, right)
+        extents = [h.attr["extent"] for h in (left, right) if "extent" in h.attr]
+        if extents:
+            if len(extents) != 2 or np.size(condition.data) != 1:
+                raise Fault("a choice among pointers that is none of scalars")
+            found.attr["extent"] = extents[0 if np.all(condition.data) else 1]
+        return found
+
     for name, method in list(locals().items()):
         if hasattr(_Builder, name):
             setattr(_Builder, name, method)
-    for name in ("addptr", "splat", "unsplat", "broadcast", "expand_dims", "trans", "reshape", "bitcast", "select"):
+    for name in ("addptr", "splat", "unsplat", "broadcast", "expand_dims", "trans", "reshape", "bitcast"):
         if hasattr(_Builder, f"create_{name}"):
             _keeping_extent(f"create_{name}")
     reduce_sum = interpreter.ReduceOps.sum
