@@ -11,7 +11,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export OMP_WAIT_POLICY := passive
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ lint: $(VENV)/.dev ## ruff and basedpyright
 bench: $(VENV)/.dev ## time every op and step on one thread against the goals; keeps the results
 	@echo "bench: running the benchmarks on one thread, best on an otherwise idle machine (minutes; up to 16 GiB)"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -P -m pytest bench --benchmark-only -q -rs --tb=short --save-results
+
+# A machine with a GPU may have no network, and has torch already: nothing is installed, and without .venv the Python at
+# hand is taken. ARGS are the command's, as in: make gpu ARGS="--only timing/step"
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu: ## build, check and time everything on a GPU (9 minutes; keeps the results); without one it says so
+	@echo "gpu: running bench/gpu.py with $(GPU_PYTHON)"
+	@$(GPU_PYTHON) -P bench/gpu.py $(ARGS)
 
 clean: ## remove what these targets and the build made, .venv included
 	@echo "clean: removing $(VENV), build products and caches"

@@ -61,16 +61,16 @@ CASES = (TMS_5_2, TMS_40_10, RESIDUAL_SMALL, RESIDUAL_M4, RESIDUAL_M1, MLP_128, 
 
 def _cotangent(case: Case) -> Tensor:
     shape = (case.n_instances, case.batch, case.n_components)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(case.device)
 
 
-def _reverse_flops(case: Case) -> int:
+def reverse_flops(case: Case) -> int:
     """Of the reverse form: z = (x A) B, then z . g for every output; the squares are left out."""
     per_pair = sum(2 * case.rank * (i + o) + 2 * o * case.n_features for i, o in case.layers)
     return case.n_instances * case.batch * case.n_components * per_pair
 
 
-def _tangent_flops(case: Case) -> int:
+def tangent_flops(case: Case) -> int:
     """Of pushing effects forward, where everything that is the same for all samples is folded and costs nothing."""
     if case.target == "mlp":
         inner, own = case.width**2 * (case.n_layers - 1), case.rank * case.width * case.n_layers
@@ -100,7 +100,7 @@ def _layers(p: Problem, factors: tuple[Tensor, ...]) -> tuple[list[Tensor], list
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(case: Case, with_gradients: bool) -> Answer:
+def expected(case: Case, with_gradients: bool) -> Answer:
     """Of the factors A and B of the untied layers, from a target in float64, a few samples at a time."""
     p = problem(case)
     Ats, Bs = _own_factors(p)
@@ -126,7 +126,7 @@ def _expected(case: Case, with_gradients: bool) -> Answer:
 # ---------------------------------------------------------------------------------------------- the op, gradients given
 
 
-def _op_args(p: Problem) -> tuple[Any, ...]:
+def op_args(p: Problem) -> tuple[Any, ...]:
     return p.xs, p.gs, [At.mT for At in p.Ats], p.Bs
 
 
@@ -151,7 +151,7 @@ def _house(p: Problem, form: Any) -> Contender:
     return Contender(lambda *f: form(p.xs, p.gs, f[:n], f[n:]), (*p.Ats, *p.Bs))
 
 
-def _fastapd(p: Problem) -> Contender:
+def ours(p: Problem) -> Contender:
     return _house(p, lambda xs, gs, Ats, Bs: attribution_reduce(xs, gs, [At.mT for At in Ats], Bs))
 
 
@@ -165,17 +165,17 @@ CONTENDERS = {
 @grid(lambda case: (*CONTENDERS, *cpu_backends(OP)), OP_CASES, lambda case: (FORWARD,))
 def bench_attribution_reduce(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
-    skip_if_refused(OP, contender, _op_args(p))
+    skip_if_refused(OP, contender, op_args(p))
     compete(
         benchmark,
         "attribution_reduce",
         contender,
         direction,
         case,
-        CONTENDERS.get(contender, _fastapd)(p),
-        _expected(case, False),
-        chosen(OP, _op_args(p)),
-        flops=_reverse_flops(case),
+        CONTENDERS.get(contender, ours)(p),
+        expected(case, False),
+        chosen(OP, op_args(p)),
+        flops=reverse_flops(case),
         n_bytes=sum(t.nbytes for t in (*p.xs, *p.gs, *p.Ats, *p.Bs)),
         output_tolerance=TIGHT_TOLERANCE,
     )
@@ -241,14 +241,14 @@ FROM_TARGET = {
     "upstream": _upstream_from_target,
     "torch": lambda p: _from_target(p, plain_step.reverse_attributions(p)),
     "torch_tangent": lambda p: _from_target(p, plain_step.tangent_attributions(p)),
-    "torch_compile": lambda p: _from_target(p, compiled(plain_step.tangent_attributions(p))),
+    "torch_compile": lambda p: _from_target(p, compiled(plain_step.tangent_attributions(p), p.case.device)),
     "fastapd": _fastapd_from_target,
 }
 
 
 def _bench_from_target(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
-    flops = min(_reverse_flops(case), _tangent_flops(case))
+    flops = min(reverse_flops(case), tangent_flops(case))
     compete(
         benchmark,
         "gradient_attributions",
@@ -256,7 +256,7 @@ def _bench_from_target(benchmark: Any, contender: str, case: Case, direction: st
         direction,
         case,
         FROM_TARGET[contender](p),
-        _expected(case, direction == BOTH),
+        expected(case, direction == BOTH),
         "fastapd",
         flops=flops if direction == FORWARD else 3 * flops,
         n_bytes=sum(t.nbytes for t in (p.x, *p.Ats, *p.Bs, *p.weights)),

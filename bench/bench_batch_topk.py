@@ -43,6 +43,7 @@ class Scores(NamedTuple):
     batch: int
     n_components: int
     n_pairs: int
+    device: str = "cpu"
 
 
 CASES = (
@@ -57,46 +58,49 @@ CASES = (
 
 
 @functools.lru_cache(maxsize=1)
-def _scores(case: Scores) -> Tensor:
+def scores_of(case: Scores) -> Tensor:
     """Squares of drawn numbers, which attributions resemble."""
     shape = (case.n_instances, case.batch, case.n_components)
-    return torch.randn(shape, generator=stream(0, f"bench {case.name}")).square()
+    generator = stream(0, f"bench {case.name}")
+    if case.device != "cpu":  # where they are many, and the CPU slow
+        generator = torch.Generator(case.device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=case.device).square_()
 
 
 def _upstream(case: Scores) -> Contender:
-    theirs = _scores(case).transpose(0, 1).contiguous()
+    theirs = scores_of(case).transpose(0, 1).contiguous()
     topk = (case.n_pairs + 0.5) / case.batch  # of which int(topk * batch) is n_pairs again
     return Contender(lambda s: upstream.topk_mask(s, topk), (theirs,), output=instances_first)
 
 
 def _mask(form: Callable[[Tensor, int], Tensor]) -> Callable[[Scores], Contender]:
-    return lambda case: Contender(lambda s: form(s, case.n_pairs), (_scores(case),))
+    return lambda case: Contender(lambda s: form(s, case.n_pairs), (scores_of(case),))
 
 
 def _torch_rows(case: Scores) -> Contender:
     return Contender(
         lambda s: plain.topk_rows(s, case.n_pairs),
-        (_scores(case),),
+        (scores_of(case),),
         output=lambda rows: plain.mask_of_rows(rows, case.batch),
     )
 
 
-def _fastapd(case: Scores) -> Contender:
-    return Contender(lambda s: batch_topk(s, case.n_pairs), (_scores(case),), output=lambda selection: selection.mask)
+def ours(case: Scores) -> Contender:
+    return Contender(lambda s: batch_topk(s, case.n_pairs), (scores_of(case),), output=lambda selection: selection.mask)
 
 
 def _fastapd_warm(case: Scores) -> Contender:
     if "hint" not in inspect.signature(batch_topk).parameters:
         pytest.skip("batch_topk takes no hint in this version")
-    hint = torch.full((case.n_instances,), torch.nan)
+    hint = torch.full((case.n_instances,), torch.nan, device=case.device)
     warm: Callable[..., Selection] = functools.partial(batch_topk, hint=hint)  # type: ignore[call-arg]
-    warm(_scores(case), case.n_pairs)
-    return Contender(lambda s: warm(s, case.n_pairs), (_scores(case),), output=lambda selection: selection.mask)
+    warm(scores_of(case), case.n_pairs)
+    return Contender(lambda s: warm(s, case.n_pairs), (scores_of(case),), output=lambda selection: selection.mask)
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(case: Scores) -> Answer:
-    return [Selection(*reference.batch_topk(_scores(case).double(), case.n_pairs)).mask]
+def expected(case: Scores) -> Answer:
+    return [Selection(*reference.batch_topk(scores_of(case), case.n_pairs)).mask]
 
 
 CONTENDERS = {
@@ -110,7 +114,7 @@ CONTENDERS = {
 
 @grid(lambda case: (*CONTENDERS, *cpu_backends(OP)), CASES, lambda case: (FORWARD,))
 def bench_batch_topk(benchmark: Any, contender: str, case: Scores, direction: str) -> None:
-    args = (_scores(case), case.n_pairs)
+    args = (scores_of(case), case.n_pairs)
     skip_if_refused(OP, contender, args)
     compete(
         benchmark,
@@ -118,9 +122,9 @@ def bench_batch_topk(benchmark: Any, contender: str, case: Scores, direction: st
         contender,
         direction,
         case,
-        CONTENDERS.get(contender, _fastapd)(case),
-        _expected(case),
+        CONTENDERS.get(contender, ours)(case),
+        expected(case),
         chosen(OP, args),
         flops=0,
-        n_bytes=2 * _scores(case).nbytes,
+        n_bytes=2 * scores_of(case).nbytes,
     )

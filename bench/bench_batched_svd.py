@@ -43,7 +43,7 @@ CASES = (TMS_5_2_SMALL, TMS_5_2, TMS_40_10, RESIDUAL_SMALL)
 
 
 def _ones(p: Problem) -> Tensor:
-    return torch.ones(p.case.n_instances)
+    return torch.ones(p.case.n_instances, device=p.case.device)
 
 
 # ----------------------------------------------------------------------------------------------------- the factored sum
@@ -66,23 +66,40 @@ def _torch(p: Problem, compile_it: bool = False) -> Contender:
     def function(At: Tensor, B: Tensor) -> Tensor:
         return plain.schatten(At, B, counts, batch, p.case.p)
 
-    form = compiled(function) if compile_it else function
+    form = compiled(function, p.case.device) if compile_it else function
     return Contender(form, (p.Ats[0], p.Bs[0]), _ones(p), same, (transposed, same))
 
 
-def _fastapd(p: Problem) -> Contender:
+def ours(p: Problem) -> Contender:
     def function(At: Tensor, B: Tensor) -> Tensor:
         return schatten_factored(At.mT, B, p.selection.counts, p.case.p, EPS, p.case.batch)
 
     return Contender(function, (p.Ats[0], p.Bs[0]), _ones(p), same, (transposed, same))
 
 
+def factored_args(p: Problem, direction: str) -> tuple[Any, ...]:
+    """What the op is given."""
+    return p.Ats[0].mT, p.Bs[0], p.selection.counts, p.case.p, EPS, p.case.batch, direction == BOTH
+
+
+def factored_work(p: Problem, direction: str) -> tuple[int, int]:
+    """Flops and bytes: lengths of all rows, and in the second direction their multiples."""
+    n_factors = p.Ats[0].numel() + p.Bs[0].numel()
+    return (2 if direction == FORWARD else 4) * n_factors, (4 if direction == FORWARD else 8) * n_factors
+
+
+MASK_ELEMENTS = 1 << 27
+"""Of [b, C, m] in float64, up to which the oracle goes by the mask."""
+
+
 @functools.lru_cache(maxsize=1)
-def _expected(case: Case) -> Answer:
+def expected(case: Case) -> Answer:
     p = problem(case)
-    mask = p.selection.mask.double()
+    mask = p.selection.mask.double() if case.batch * case.n_components * case.rank <= MASK_ELEMENTS else None
 
     def function(A: Tensor, B: Tensor) -> Tensor:
+        if mask is None:
+            return reference.schatten_factored(A, B, p.selection.counts, case.p, EPS, case.batch, False)[0]
         return reference.schatten_factored_masked(A, B, mask, case.p, EPS, False)[0]
 
     return reference_in_float64(function, (p.Ats[0].mT, p.Bs[0]), _ones(p))
@@ -99,20 +116,20 @@ FACTORED = {"upstream": _upstream, "torch": _torch, "torch_compile": lambda p: _
 )
 def bench_batched_svd(benchmark: Any, contender: str, case: Case, direction: str) -> None:
     p = problem(case)
-    args = (p.Ats[0].mT, p.Bs[0], p.selection.counts, case.p, EPS, case.batch, direction == BOTH)
+    args = factored_args(p, direction)
     skip_if_refused("schatten_factored", contender, args)
-    n_factors = p.Ats[0].numel() + p.Bs[0].numel()
+    flops, n_bytes = factored_work(p, direction)
     compete(
         benchmark,
         "batched_svd",
         contender,
         direction,
         case,
-        FACTORED.get(contender, _fastapd)(p),
-        _expected(case),
+        FACTORED.get(contender, ours)(p),
+        expected(case),
         chosen("schatten_factored", args),
-        flops=(2 if direction == FORWARD else 4) * n_factors,
-        n_bytes=(4 if direction == FORWARD else 8) * n_factors,
+        flops=flops,
+        n_bytes=n_bytes,
     )
 
 
@@ -135,32 +152,40 @@ EXACT_CASES = (
 
 
 @functools.lru_cache(maxsize=1)
-def _factors(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+def factors_of(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     """At [1, C, m, d_in], B [1, C, m, d_out] and counts [1, C]."""
     generator, case = stream(0, f"bench {layer.name}"), layer.case
     (d_in, d_out), shape = layer.shape, (1, case.n_components, case.rank)
     counts = torch.randint(1, case.batch, shape[:2], generator=generator)
-    return torch.randn(*shape, d_in, generator=generator), torch.randn(*shape, d_out, generator=generator), counts
+    factors = (torch.randn(*shape, d, generator=generator).to(case.device) for d in (d_in, d_out))
+    return *factors, counts.to(case.device)
 
 
-def _exact(layer: Layer, form: Any) -> Contender:
-    At, B, counts = _factors(layer)
+def exact_form(layer: Layer, form: Any) -> Contender:
+    At, B, counts = factors_of(layer)
     grads = (transposed, same)
     rounding = 100 if form is plain.svdvals_of_products else 1  # float32 throughout
     return Contender(
-        lambda At, B: form(At, B, counts, layer.case.p), (At, B), torch.ones(1), same, grads, rounding=rounding
+        lambda At, B: form(At, B, counts, layer.case.p),
+        (At, B),
+        torch.ones(1, device=layer.case.device),
+        same,
+        grads,
+        rounding=rounding,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _expected_exact(layer: Layer) -> Answer:
-    At, B, counts = _factors(layer)
+def expected_exact(layer: Layer) -> Answer:
+    At, B, counts = (t.cpu() for t in factors_of(layer))  # LAPACK's singular values, wherever the numbers are
     total, grad_At, grad_B = reference.schatten(At.double().mT, B.double(), counts, layer.case.p, EPS, -1, True)
-    return [total, grad_At.mT, grad_B]
+    return [t.to(layer.case.device) for t in (total, grad_At.mT, grad_B)]
 
 
 class _IntoBuffers(Contender):
     """Adds to its own buffers: those of the first call hold the gradients, later ones only cost the same."""
+
+    adds = True
 
     def call(self, direction: str) -> Callable[[], Any]:
         At, B, *_ = self.leaves
@@ -174,7 +199,7 @@ class _IntoBuffers(Contender):
 
 
 def _step(layer: Layer) -> Contender:
-    At, B, counts = _factors(layer)
+    At, B, counts = factors_of(layer)
 
     def function(At: Tensor, B: Tensor, grad_At: Tensor, grad_B: Tensor) -> Tensor:
         return schatten_accumulate(At.mT, B, counts, layer.case.p, EPS, -1, True, 1.0, grad_At, grad_B)
@@ -182,33 +207,44 @@ def _step(layer: Layer) -> Contender:
     return _IntoBuffers(function, (At, B), None, same, (transposed, same))
 
 
+def ours_exact(layer: Layer) -> Contender:
+    return exact_form(layer, lambda At, B, counts, p: schatten(At.mT, B, counts, p, EPS))
+
+
+def exact_args(layer: Layer) -> tuple[Any, ...]:
+    """What the op is given."""
+    At, B, counts = factors_of(layer)
+    return At.mT, B, counts, layer.case.p, EPS, -1, True
+
+
+def exact_work(layer: Layer) -> tuple[int, int]:
+    """Flops of two Gram matrices and two products with factors, where one in float64 counts twice; and bytes."""
+    n_factors = layer.case.n_components * layer.case.rank * sum(layer.shape)
+    return 2 * (2 * 3 * layer.case.rank * n_factors), 8 * n_factors
+
+
 EXACT = {
-    "torch_svdvals": lambda layer: _exact(layer, plain.svdvals_of_products),
-    "torch_gram": lambda layer: _exact(layer, plain.schatten_exact),
+    "torch_svdvals": lambda layer: exact_form(layer, plain.svdvals_of_products),
+    "torch_gram": lambda layer: exact_form(layer, plain.schatten_exact),
     "fastapd_step": _step,
 }
 
 
 @grid(lambda layer: (*EXACT, *cpu_backends("schatten")), EXACT_CASES, lambda layer: (BOTH,))
 def bench_schatten(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
-    At, B, counts = _factors(case)
-    args = (At.mT, B, counts, case.case.p, EPS, -1, True)
+    args = exact_args(case)
     skip_if_refused("schatten", contender, args)
-    n_factors, rank = At.numel() + B.numel(), case.case.rank
-
-    def fastapd(layer: Layer) -> Contender:
-        return _exact(layer, lambda At, B, counts, p: schatten(At.mT, B, counts, p, EPS))
-
+    flops, n_bytes = exact_work(case)
     compete(
         benchmark,
         "schatten",
         contender,
         direction,
         case,
-        EXACT.get(contender, fastapd)(case),
-        _expected_exact(case),
+        EXACT.get(contender, ours_exact)(case),
+        expected_exact(case),
         chosen("schatten", args),
-        flops=2 * (2 * 3 * rank * n_factors),  # two Gram matrices and two products with factors; float64 counts twice
-        n_bytes=8 * n_factors,
+        flops=flops,
+        n_bytes=n_bytes,
         output_tolerance=TIGHT_TOLERANCE,
     )

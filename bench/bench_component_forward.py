@@ -55,23 +55,23 @@ def _directions(layer: Layer) -> tuple[str, ...]:
     return (FORWARD, BOTH) if layer in (*SMALL, CASES[2]) else (FORWARD,)
 
 
-def _upstream_bytes(layer: Layer, direction: str) -> int:
+def upstream_bytes(layer: Layer, direction: str) -> int:
     case = layer.case
     return (6 if direction == FORWARD else 12) * case.n_instances * case.batch * case.n_components * layer.shape[1]
 
 
-def _inputs(p: Problem, i: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(p: Problem, i: int) -> tuple[Tensor, Tensor, Tensor]:
     return p.xs[i], p.Ats[i], p.Bs[i]
 
 
 def _cotangent(p: Problem, i: int) -> Tensor:
     shape = (p.case.n_instances, p.case.batch, p.Bs[i].shape[-1])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(p.case.device)
 
 
 def _theirs(p: Problem, i: int, function: Any) -> Contender:
     """A contender on the research code's layout."""
-    x, At, B = _inputs(p, i)
+    x, At, B = inputs_of(p, i)
     leaves = (x.transpose(0, 1).contiguous(), At.mT.contiguous(), B)
     cotangent = _cotangent(p, i).transpose(0, 1).contiguous()
     return Contender(function, leaves, cotangent, instances_first, (instances_first, same, same))
@@ -79,7 +79,7 @@ def _theirs(p: Problem, i: int, function: Any) -> Contender:
 
 def _house(p: Problem, i: int, function: Any) -> Contender:
     """A contender on the house layout."""
-    return Contender(function, _inputs(p, i), _cotangent(p, i), same, (same, transposed, same))
+    return Contender(function, inputs_of(p, i), _cotangent(p, i), same, (same, transposed, same))
 
 
 # ------------------------------------------------------------------------------------------------ given the selection
@@ -104,10 +104,10 @@ def _torch_compile(p: Problem, i: int) -> Contender:
     """Of the stronger form: dense for few components, by rows for many."""
     if p.case.n_components <= 50:
         mask = p.selection.mask.float()
-        dense = compiled(plain.forward_dense)
+        dense = compiled(plain.forward_dense, p.case.device)
         return _house(p, i, lambda x, At, B: dense(x, At, B, mask))
     rows = plain.topk_rows(p.scores, p.case.n_pairs)
-    by_rows = compiled(plain.forward_rows)
+    by_rows = compiled(plain.forward_rows, p.case.device)
     return _house(p, i, lambda x, At, B: by_rows(x, At, B, rows))
 
 
@@ -116,19 +116,20 @@ def _torch_embedding_bag(p: Problem, i: int) -> Contender:
         pytest.skip("embedding_bag sums rows: rank one and one instance only")
     selection = p.selection
     component, bags = selection.component[0].long(), selection.sample_offsets[0, :-1]
-    sample = torch.repeat_interleave(torch.arange(p.case.batch), selection.sample_offsets[0].diff())
+    samples = torch.arange(p.case.batch, device=p.case.device)
+    sample = torch.repeat_interleave(samples, selection.sample_offsets[0].diff())
     return _house(p, i, lambda x, At, B: plain.forward_bags(x, At, B, sample, component, bags))
 
 
-def _fastapd(p: Problem, i: int) -> Contender:
+def ours(p: Problem, i: int) -> Contender:
     return _house(p, i, lambda x, At, B: component_forward_selected(x, At.mT, B, p.selection))
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(layer: Layer, direction: str) -> Answer:
+def expected(layer: Layer, direction: str) -> Answer:
     """The reference a few samples at a time: it computes every component."""
     p, i = problem(layer.case), layer.index
-    x, At, B = _inputs(p, i)
+    x, At, B = inputs_of(p, i)
     if direction == BOTH:
         mask = p.selection.mask.double()
         function = lambda x, A, B: reference.component_forward(x, A, B, mask)  # noqa: E731
@@ -155,26 +156,26 @@ def _names(layer: Layer) -> tuple[str, ...]:
 
 @grid(_names, CASES, _directions, compiled=lambda layer, direction: direction == FORWARD)
 def bench_component_forward(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
-    if contender == "upstream" and (reason := lacks_memory(_upstream_bytes(case, direction))) is not None:
+    if contender == "upstream" and (reason := lacks_memory(upstream_bytes(case, direction))) is not None:
         pytest.skip(reason)
     p, i = problem(case.case), case.index
-    x, At, B = _inputs(p, i)
+    x, At, B = inputs_of(p, i)
     args = (x, At.mT, B, *p.selection)
     skip_if_refused(OP, contender, args)
-    work = _work(p, case, direction)
-    candidate = CONTENDERS.get(contender, _fastapd)(p, i)
+    flops, n_bytes = work(p, case, direction)
+    candidate = CONTENDERS.get(contender, ours)(p, i)
     compete(
-        benchmark, "component_forward", contender, direction, case, candidate, _expected(case, direction),
-        chosen(OP, args), *work,
+        benchmark, "component_forward", contender, direction, case, candidate, expected(case, direction),
+        chosen(OP, args), flops, n_bytes,
     )  # fmt: skip
 
 
-def _work(p: Problem, layer: Layer, direction: str) -> tuple[int, int]:
+def work(p: Problem, layer: Layer, direction: str) -> tuple[int, int]:
     """Flops of the selected pairs, and bytes of inputs and outputs."""
     case, (d_in, d_out) = layer.case, layer.shape
     flops = 2 * case.n_instances * case.n_pairs * case.rank * (d_in + d_out)
     used = min(case.n_components, case.n_pairs) / case.n_components  # of the factors, at most
-    x, At, B = _inputs(p, layer.index)
+    x, At, B = inputs_of(p, layer.index)
     touched = int(x.nbytes + used * (At.nbytes + B.nbytes) + 4 * case.n_instances * case.batch * d_out)
     return (flops, touched) if direction == FORWARD else (3 * flops, 3 * touched)
 
@@ -222,13 +223,13 @@ FROM_SCORES = {
 
 @grid(lambda layer: tuple(FROM_SCORES), CASES[1:], lambda layer: (FORWARD,))
 def bench_masked_forward(benchmark: Any, contender: str, case: Layer, direction: str) -> None:
-    if contender == "upstream" and (reason := lacks_memory(_upstream_bytes(case, direction))) is not None:
+    if contender == "upstream" and (reason := lacks_memory(upstream_bytes(case, direction))) is not None:
         pytest.skip(reason)
     p, i = problem(case.case), case.index
-    flops, n_bytes = _work(p, case, direction)
+    flops, n_bytes = work(p, case, direction)
     candidate = FROM_SCORES[contender](p, i)
     n_bytes += 2 * p.scores.nbytes
     compete(
-        benchmark, "masked_forward", contender, direction, case, candidate, _expected(case, direction), "fastapd",
+        benchmark, "masked_forward", contender, direction, case, candidate, expected(case, direction), "fastapd",
         flops, n_bytes,
     )  # fmt: skip

@@ -43,7 +43,7 @@ CASES = (
 
 
 def _ones(p: Problem) -> Tensor:
-    return torch.ones(p.case.n_instances)
+    return torch.ones(p.case.n_instances, device=p.case.device)
 
 
 def _upstream(p: Problem, i: int) -> Contender:
@@ -91,22 +91,28 @@ def _step(p: Problem, i: int) -> Contender:
 CONTENDERS = {
     "upstream": _upstream,
     "torch": lambda p, i: _house(p, i, plain.component_sum_loss),
-    "torch_compile": lambda p, i: _house(p, i, compiled(plain.component_sum_loss)),
+    "torch_compile": lambda p, i: _house(p, i, compiled(plain.component_sum_loss, p.case.device)),
     "gemms": _gemms,
     "fastapd_step": _step,
 }
 
 
-def _fastapd(p: Problem, i: int) -> Contender:
+def ours(p: Problem, i: int) -> Contender:
     return _house(p, i, lambda At, B, W: component_sum_loss(At.mT, B, W)[0])
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(layer: Layer) -> Answer:
+def expected(layer: Layer) -> Answer:
     p, i = problem(layer.case), layer.index
     target = p.weights[i].double()
     leaves = (p.Ats[i].mT, p.Bs[i])
     return reference_in_float64(lambda A, B: reference.component_sum_loss(A, B, target)[0], leaves, _ones(p))
+
+
+def work(p: Problem, i: int) -> tuple[int, int]:
+    """Flops of value and gradients, three products, and bytes of inputs and gradients."""
+    gemm = 2 * p.case.n_instances * p.weights[i][0].numel() * p.case.n_components * p.case.rank
+    return 3 * gemm, 2 * (p.Ats[i].nbytes + p.Bs[i].nbytes) + p.weights[i].nbytes
 
 
 @grid(
@@ -119,8 +125,7 @@ def bench_component_sum(benchmark: Any, contender: str, case: Layer, direction: 
     p, i = problem(case.case), case.index
     args = (p.Ats[i].mT, p.Bs[i], p.weights[i])
     skip_if_refused(OP, contender, args)
-    gemm = 2 * p.case.n_instances * p.weights[i][0].numel() * p.case.n_components * p.case.rank
-    touched = p.Ats[i].nbytes + p.Bs[i].nbytes
+    flops, n_bytes = work(p, i)
     bound = contender == "gemms"
     compete(
         benchmark,
@@ -128,9 +133,9 @@ def bench_component_sum(benchmark: Any, contender: str, case: Layer, direction: 
         contender,
         direction,
         case,
-        CONTENDERS.get(contender, _fastapd)(p, i),
-        None if bound else _expected(case),
+        CONTENDERS.get(contender, ours)(p, i),
+        None if bound else expected(case),
         chosen(OP, args),
-        flops=3 * gemm,
-        n_bytes=2 * touched + p.weights[i].nbytes,
+        flops,
+        n_bytes,
     )

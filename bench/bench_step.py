@@ -75,6 +75,8 @@ def _upstream(p: Problem) -> Runner:
     if case.tied:
         networks = [upstream.tms(target.get_parameter("b_final").squeeze(1).clone()) for _ in range(2)]
         ties = {"linear2": "linear1"}
+    elif case.target == "mlp":
+        networks, ties = [upstream.mlp(case.n_layers)] * 2, {}
     else:
         fixed = [target.get_buffer("W_E"), target.get_buffer("W_U")]
         own = [t.clone().requires_grad_() for t in fixed]  # parameters of the target, which the research code leaves on
@@ -130,7 +132,7 @@ def _torch(p: Problem, attributions: plain_step.Attributions) -> Runner:
 
 
 def _torch_compile(p: Problem) -> Runner:
-    runner = _torch(p, compiled(plain_step.tangent_attributions(p)))
+    runner = _torch(p, compiled(plain_step.tangent_attributions(p), p.case.device))
     runner.call()
     return runner
 

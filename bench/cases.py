@@ -16,15 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.targets import PUBLISHED, TMS, Chain, Method, ResidualMLP, sparse_features
 from fastapd import backends
 from fastapd._random import stream
 from fastapd.attributions import gradient_attributions, output_gradients
 from fastapd.components import Components
-from fastapd.config import APD
-from fastapd.experiments import tms
-from fastapd.experiments.residual_mlp import ResidualMLP
-from fastapd.experiments.tms import TMS, sparse_features
-from fastapd.model import ComponentModel, Linear, Record, find_sites
+from fastapd.model import ComponentModel, Record, find_sites
 from fastapd.ops import Selection
 from fastapd.reference import batch_topk as reference_topk
 
@@ -45,6 +42,7 @@ class Case:
         p: Exponent of the Schatten term.
         d_embed: Width of the residual stream; 0 for others.
         n_layers: MLPs of a residual MLP, matrices of a chain.
+        device: Where its numbers are.
     """
 
     name: str
@@ -59,6 +57,7 @@ class Case:
     p: float
     d_embed: int = 0
     n_layers: int = 1
+    device: str = "cpu"
 
     @property
     def n_pairs(self) -> int:
@@ -100,14 +99,23 @@ MANY = Case("c1000_256x256_m4", "layer", 1, 1024, 1000, 4, 256, 256, topk=8, p=0
 VERY_MANY = Case("c10000_256x256_m1", "layer", 1, 512, 10000, 1, 256, 256, topk=16, p=0.9)
 
 
-def method(case: Case) -> APD:
+S1 = RESIDUAL
+S2 = Case("s2_b4096", "mlp", 1, 4096, 2000, 4, 512, 512, topk=16, p=0.9, n_layers=4)
+S2_SMALL = replace(S2, name="s2_b512", batch=512)
+S3 = Case("s3_layer", "layer", 1, 10_000, 100_000, 1, 1024, 1024, topk=32, p=0.9)
+S3_FEW = Case("s3_b64", "mlp", 1, 64, 100_000, 1, 1024, 1024, topk=32, p=0.9, n_layers=2)
+"""The reference sizes of a GPU: S2 with as many samples as the research formulation has room for, S3 as one layer, and
+as two for a few of its samples, of which every one costs the same."""
+
+
+def method(case: Case) -> Method:
     """The published settings of a step; for the TMS fastapd's own defaults, which are those."""
     if case.tied:
-        (config,) = [c for c in tms.defaults() if case.name.startswith(c.experiment + "_")]
-        assert (config.method.topk, config.method.p) == (case.topk, case.p), "cases follow the published settings"
-        return config.method
+        (found,) = [m for name, m in PUBLISHED.items() if case.name.startswith(name + "_")]
+        assert (found.topk, found.p) == (case.topk, case.p), "cases follow the published settings"
+        return found
     one = case.n_layers == 1
-    return APD(
+    return Method(
         topk=case.topk,
         minimality=1.0 if one else 2.0,
         simplicity=10.0 if one else 7.0,
@@ -115,20 +123,6 @@ def method(case: Case) -> APD:
         activation_reconstruction=1.0 if case.target == "residual_mlp" else 0.0,
         unit_norm=one,
     )
-
-
-class Chain(nn.Module):
-    """x -> relu(x W_1) -> .. -> W_n, without biases."""
-
-    def __init__(self, n_instances: int, width: int, n_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Linear(n_instances, width, width) for _ in range(n_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = torch.relu(layer(x))
-        return last(x)
 
 
 def _target(case: Case, generator: torch.Generator) -> tuple[nn.Module, list[str], Tensor]:
@@ -161,8 +155,8 @@ def _target(case: Case, generator: torch.Generator) -> tuple[nn.Module, list[str
     if case.target in ("mlp", "layer"):
         x = torch.randn(case.n_instances, case.batch, case.n_features, generator=generator)
     else:
-        x = next(sparse_features(case.n_instances, case.batch, case.n_features, probability, generator, low))
-    return target, patterns, x
+        x = sparse_features(case.n_instances, case.batch, case.n_features, probability, generator, low)
+    return target.to(case.device), patterns, x.to(case.device)
 
 
 class Problem:
@@ -181,13 +175,14 @@ class Problem:
         sites = find_sites(target, patterns)
         shapes = {site.name: site.shape for site in sites}
         scale = 2.0 if case.target == "residual_mlp" else 1.0
-        components = Components(shapes, case.n_components, case.rank, case.n_instances, scale, generator)
+        sizes = case.n_components, case.rank, case.n_instances
+        components = Components(shapes, *sizes, scale, generator, device=case.device)
         self.case, self.model = case, ComponentModel(target, sites, components)
         factors = [tuple(t.detach() for t in components.factors(site.name)) for site in sites]
         self.Ats: list[Tensor] = [A.mT for A, _ in factors]
         self.Bs: list[Tensor] = [B for _, B in factors]
         self.weights = [site.weight for site in sites]
-        self._drawn = torch.randn(case.n_instances, case.batch, case.n_components, generator=generator)
+        self._generator = generator
 
     @property
     def names(self) -> list[str]:
@@ -212,9 +207,14 @@ class Problem:
     def scores(self) -> Tensor:
         """Attributions [I, b, C], or squares of drawn numbers for a single layer."""
         if self.case.target == "layer":
-            return self._drawn.square()
-        chunks = [self.model.record_target(x, differentiable=True) for x in self.x.split(CHUNK, 1)]
-        return torch.cat([gradient_attributions(self.model, record).detach() for record in chunks], 1)
+            case, generator = self.case, self._generator
+            if case.device != "cpu":  # where they are many, and the CPU slow
+                generator = torch.Generator(case.device).manual_seed(1)
+            shape = case.n_instances, case.batch, case.n_components
+            return torch.randn(shape, generator=generator, device=case.device).square_()
+        with backends.use_backend(*(["auto"] if self.case.device == "cpu" else ["reference"])):
+            chunks = [self.model.record_target(x, differentiable=True) for x in self.x.split(CHUNK, 1)]
+            return torch.cat([gradient_attributions(self.model, record).detach() for record in chunks], 1)
 
     @functools.cached_property
     def selection(self) -> Selection:
@@ -231,7 +231,8 @@ class Problem:
         """Inputs of the layers and output gradients of a few samples at a time, from a target in float64."""
         target = copy.deepcopy(self.model.target).double()
         sites = find_sites(target, self.names)
-        components = Components({site.name: site.shape for site in sites}, 1, 1, self.case.n_instances)
+        shapes = {site.name: site.shape for site in sites}
+        components = Components(shapes, 1, 1, self.case.n_instances, device=self.case.device)
         model = ComponentModel(target, sites, components.double())
         for x in self.x.double().split(CHUNK, 1):
             record = model.record_target(x, differentiable=True)

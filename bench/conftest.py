@@ -114,14 +114,6 @@ def _machine_name(machine_info: dict[str, Any]) -> str:
 _SAVED = pytest.StashKey[Path]()
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def _timed(config: pytest.Config) -> list[Any]:
     """What was timed; a benchmark that failed is not among it, and costs the others nothing."""
     return [b for b in config._benchmarksession.benchmarks if not b.has_error]  # type: ignore[attr-defined]
@@ -145,7 +137,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     path = results.RESULTS / f"{today}-{commit_info['id'][:7]}-{_machine_name(machine_info)}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(_rounded(output), indent=1) + "\n")
+    path.write_text(json.dumps(results.rounded(output), indent=1) + "\n")
     config.stash[_SAVED] = path
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -65,6 +65,8 @@ class Contender:
     grads: Sequence[Callable[[Tensor], Tensor]] = field(default_factory=list)
     bound: bool = False
     rounding: float = 1
+    adds: ClassVar[bool] = False
+    """Whether every call adds its gradients to those of the calls before."""
 
     def __post_init__(self) -> None:
         if not self.bound:
@@ -192,22 +194,26 @@ def lacks_memory(n_bytes: int) -> str | None:
     return f"it holds about {n_bytes / 2**30:.1f} GiB at once and {allowed / 2**30:.1f} GiB may be used"
 
 
+COMPILER = "inductor"
+"""What torch.compile hands a graph to; the rehearsal of `bench/gpu.py` leaves it as it is, with "eager"."""
+
+
 @functools.lru_cache(maxsize=1)
-def cannot_compile() -> str | None:
+def cannot_compile(device: str = "cpu") -> str | None:
     """Why torch.compile cannot be timed here, None if it can: on a CPU it needs a C++ compiler."""
     try:
-        torch.compile(lambda x: (x + 1).sum(), dynamic=False)(torch.zeros(8))
+        torch.compile(lambda x: (x + 1).sum(), dynamic=False, backend=COMPILER)(torch.zeros(8, device=device))
     except Exception as error:  # whatever the compiler or its driver raise
         return f"torch.compile fails here: {str(error).splitlines()[0]}"
     return None
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
     """torch.compile of a function of fixed shapes; skips with the reason where that cannot be had."""
-    if (reason := cannot_compile()) is not None:
+    if (reason := cannot_compile(device)) is not None:
         pytest.skip(reason)
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=COMPILER)
 
 
 # --------------------------------------------------------------------------------------------------------- measurement

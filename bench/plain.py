@@ -33,24 +33,31 @@ def kthvalue_mask(scores: Tensor, n_pairs: int) -> Tensor:
     return (flat >= flat.kthvalue(flat.shape[1] - n_pairs + 1, keepdim=True).values).view_as(scores)
 
 
+def sort_mask(scores: Tensor, n_pairs: int) -> Tensor:
+    """The same by sorting all scores, the first of equal ones first."""
+    flat = scores.flatten(1)
+    kept = flat.sort(dim=1, descending=True, stable=True).indices[:, :n_pairs]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view_as(scores)
+
+
 def topk_rows(scores: Tensor, n_pairs: int) -> Tensor:
     """The selected samples of each component, [I, C, longest group]; shorter groups are filled up with `batch`."""
     n_instances, batch, n_components = scores.shape
     kept = scores.flatten(1).topk(n_pairs, sorted=False).indices
     by_component = (kept % n_components * batch + kept // n_components).sort(1).values
     component = by_component // batch
-    edges = torch.arange(n_components + 1).mul(batch).expand(n_instances, -1).contiguous()
+    edges = torch.arange(n_components + 1, device=scores.device).mul(batch).expand(n_instances, -1).contiguous()
     offsets = torch.searchsorted(by_component, edges)
     width = int(offsets.diff(dim=1).max())
-    slot = torch.arange(n_pairs) - offsets.gather(1, component)
-    rows = torch.full((n_instances, n_components * width), batch)
+    slot = torch.arange(n_pairs, device=scores.device) - offsets.gather(1, component)
+    rows = torch.full((n_instances, n_components * width), batch, device=scores.device)
     return rows.scatter_(1, component * width + slot, by_component % batch).view(n_instances, n_components, width)
 
 
 def mask_of_rows(rows: Tensor, batch: int) -> Tensor:
     """The bool mask [I, b, C] of `topk_rows`."""
     n_instances, n_components, _ = rows.shape
-    mask = torch.zeros(n_instances, n_components, batch + 1, dtype=torch.bool)
+    mask = torch.zeros(n_instances, n_components, batch + 1, dtype=torch.bool, device=rows.device)
     return mask.scatter_(2, rows, True)[..., :batch].mT
 
 
@@ -73,7 +80,7 @@ def forward_rows(x: Tensor, At: Tensor, B: Tensor, rows: Tensor) -> Tensor:
     n_instances, batch, d_in = x.shape
     n_components, width = rows.shape[1:]
     padded = torch.cat([x, x.new_zeros(n_instances, 1, d_in)], 1).flatten(0, 1)  # row `batch` is thrown away
-    row = (rows + torch.arange(n_instances)[:, None, None] * (batch + 1)).flatten()
+    row = (rows + torch.arange(n_instances, device=x.device)[:, None, None] * (batch + 1)).flatten()
     xs = padded.index_select(0, row).view(n_instances * n_components, width, d_in)
     y = torch.bmm(torch.bmm(xs, At.flatten(0, 1).mT), B.flatten(0, 1)).flatten(0, 1)
     out = y.new_zeros(len(padded), B.shape[-1]).index_add(0, row, y)
@@ -113,7 +120,27 @@ def schatten_exact(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
     return (counts * (values + EPS).pow(p / 2).sum(-1)).sum(-1).float()
 
 
+def schatten_by_qr(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
+    """The same from the singular values of R_A R_B^T, where A = Q_A R_A and B^T = Q_B R_B; in float32."""
+    core = torch.linalg.qr(At.mT).R @ torch.linalg.qr(B.mT).R.mT
+    values = torch.linalg.svdvals(core)
+    return (counts * (values.square() + EPS).pow(p / 2).sum(-1)).sum(-1)
+
+
 def svdvals_of_products(At: Tensor, B: Tensor, counts: Tensor, p: float) -> Tensor:
     """The same from the library's singular values of the products, which are formed; [I]."""
     values = torch.linalg.svdvals(At.mT @ B)[..., : B.shape[-2]]  # the others are zero but for rounding
     return (counts * (values.square() + EPS).pow(p / 2).sum(-1)).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- unit length
+
+
+def unit_norm(At: Tensor) -> Tensor:
+    """Divides the rows by their lengths, in place."""
+    return At.div_(torch.linalg.vector_norm(At, dim=-1, keepdim=True))
+
+
+def remove_along(grad: Tensor, At: Tensor) -> Tensor:
+    """Takes from every row its part along a row of unit length, in place."""
+    return grad.addcmul_(torch.linalg.vecdot(grad, At).unsqueeze(-1), At, value=-1)

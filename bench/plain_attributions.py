@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 19
-"""What stays in the cache: attributions go through the batch in pieces of this many elements, which is their best."""
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Attributions go through the batch in pieces of this many elements: on a CPU what stays in the cache, which is their
+best; on a GPU what fills it and still fits beside the inputs."""
 
 
-def in_pieces(function: Callable[[slice], Tensor], batch: int, per_sample: int) -> Tensor:
+def in_pieces(function: Callable[[slice], Tensor], batch: int, per_sample: int, device: torch.device) -> Tensor:
     """The samples' attributions, piece by piece."""
-    step = max(16, CHUNK_ELEMENTS // per_sample)
+    step = max(16, CHUNK_ELEMENTS[device.type] // per_sample)
     return torch.cat([function(slice(b, b + step)) for b in range(0, batch, step)], 1)
 
 
@@ -29,7 +30,7 @@ def squared_length(effect: Tensor) -> Tensor:
 
 def output_gradients(output: Tensor, layer_outputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of every output by the layers' outputs, [I, b, n_outputs, d_out]: one pass, vectorised over outputs."""
-    directions = torch.eye(output.shape[-1])[:, None, None].expand(-1, *output.shape)
+    directions = torch.eye(output.shape[-1], device=output.device)[:, None, None].expand(-1, *output.shape)
     gradients = torch.autograd.grad(output, list(layer_outputs), directions, is_grads_batched=True)
     return [g.permute(1, 2, 0, 3) for g in gradients]
 
@@ -45,7 +46,7 @@ def stacked(xs: Sequence[Tensor], gs: Sequence[Tensor], Ats: Sequence[Tensor], B
         T = torch.cat(z, -1) @ torch.cat([g[:, piece] for g in gs], -1).mT  # [I, b, C, n_outputs]
         return squared_length(T)
 
-    return in_pieces(of, batch, n_instances * n_components * sum(B.shape[-1] for B in Bs))
+    return in_pieces(of, batch, n_instances * n_components * sum(B.shape[-1] for B in Bs), xs[0].device)
 
 
 def factored(xs: Sequence[Tensor], gs: Sequence[Tensor], Ats: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
@@ -63,7 +64,7 @@ def factored(xs: Sequence[Tensor], gs: Sequence[Tensor], Ats: Sequence[Tensor], 
         assert T is not None
         return squared_length(T)
 
-    return in_pieces(of, batch, n_instances * n_components * sum(B.shape[-1] for B in Bs))
+    return in_pieces(of, batch, n_instances * n_components * sum(B.shape[-1] for B in Bs), xs[0].device)
 
 
 def tms_tangent(x: Tensor, W: Tensor, bias: Tensor, At: Tensor, B: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def tms_tangent(x: Tensor, W: Tensor, bias: Tensor, At: Tensor, B: Tensor) -> Te
         effect = (x[:, piece] @ M).unflatten(-1, (n_components, n_features)) * on.unsqueeze(2)
         return squared_length(effect)
 
-    return in_pieces(of, x.shape[1], len(x) * n_components * n_features)
+    return in_pieces(of, x.shape[1], len(x) * n_components * n_features, x.device)
 
 
 def chain_tangent(x: Tensor, weights: Sequence[Tensor], Ats: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
@@ -100,7 +101,7 @@ def chain_tangent(x: Tensor, weights: Sequence[Tensor], Ats: Sequence[Tensor], B
                 h = h.relu()
         return squared_length(effect).mT.unsqueeze(0)
 
-    return in_pieces(of, x.shape[1], n_components * max(B.shape[-1] for B in Bs))
+    return in_pieces(of, x.shape[1], n_components * max(B.shape[-1] for B in Bs), x.device)
 
 
 def residual_tangent(
@@ -147,4 +148,4 @@ def residual_tangent(
         assert onward is not None
         return squared_length(onward)
 
-    return in_pieces(of, batch, n_instances * n_components * (n_outputs + (n_layers - 1) * width))
+    return in_pieces(of, batch, n_instances * n_components * (n_outputs + (n_layers - 1) * width), x.device)

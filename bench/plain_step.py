@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bench import plain, plain_attributions
 from bench.cases import Problem, method
-from fastapd.config import APD
 
 Attributions = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(x, Ats, Bs) -> [I, b, C]."""
@@ -67,6 +66,10 @@ class Step:
         target, hidden = self.p.model.target, []
         if self.p.case.tied:
             return (layer(1, layer(0, x)) + target.get_parameter("b_final")).relu(), hidden
+        if self.p.case.target == "mlp":
+            for i in range(self.p.case.n_layers):
+                x = layer(i, x.relu() if i else x)
+            return x, hidden
         r = x @ target.get_buffer("W_E")
         for j in range(self.p.case.n_layers):
             hidden.append(layer(2 * j, r).relu())
@@ -96,17 +99,17 @@ class Step:
     @torch.no_grad()
     def normalise(self) -> None:
         for At in self.At:
-            At /= torch.linalg.vector_norm(At, dim=-1, keepdim=True)
+            plain.unit_norm(At)
 
     @torch.no_grad()
     def make_tangential(self) -> None:
         for At in self.At:
             assert At.grad is not None
-            At.grad.addcmul_(torch.linalg.vecdot(At.grad, At).unsqueeze(-1), At, value=-1)
+            plain.remove_along(At.grad, At)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """The total, the terms, the attributions and the rows of the selection."""
-        settings: APD = self.method
+        settings = self.method
         if settings.unit_norm:
             self.normalise()
         self.optimiser.zero_grad(set_to_none=True)

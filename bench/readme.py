@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a file: the folder above is not on the p
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import goals, results, tables
+from bench._gpu import goals as gpu_goals
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +98,65 @@ def goals_table() -> str:
     return "\n".join([*shown, "", *_machine(found, path)])
 
 
+NO_GPU = "No GPU figure has been measured yet; `make gpu`, on a machine with CUDA, measures all of them."
+
+GPU_STEPS = {
+    **STEPS,
+    "step/s2_b512": "MLP, 4 layers of 512, C 2000, rank 4, batch 512",
+    "step/s2_b4096": "MLP, 4 layers of 512, C 2000, rank 4, batch 4096",
+}
+
+
+def _step_cells(known: gpu_goals.Group) -> list[str] | None:
+    """The times of a step's contenders and the ratios of ours, in its better way; None if ours was not measured."""
+    name = known.ours()
+    mine = known.seconds(name) if name else None
+    if name is None or mine is None:
+        return None
+    research, torch = known.eager.get("upstream"), known.best(known.torch())
+    eager, captured = known.eager.get(name), known.captured.get(name)
+    times = [row.median if row else None for row in (research, eager, captured)]
+    times.insert(1, torch)
+    cells = [results.seconds(t) if t is not None else "-" for t in times]
+    ratios = [t / mine if t is not None else None for t in (times[0], torch)]
+    return [*cells, *(f"{ratio:.1f}x" if ratio is not None else "-" for ratio in ratios)]
+
+
+def gpu_table() -> str:
+    """Training steps and goals on a card, or that nothing was measured there."""
+    path = results.latest(device="cuda")
+    if path is None:
+        return NO_GPU
+    found = results.load(path)
+    machine, table = found["machine_info"], results.table(results.rows(found))
+    rows = []
+    for group, what in GPU_STEPS.items():
+        known = gpu_goals.Group(table.get((group, "step"), {}), table.get((group, "step captured"), {}), {})
+        if (cells := _step_cells(known)) is not None:
+            rows.append(f"| {what} | {' | '.join(cells)} |")
+    gpu, constants = machine["gpu"], machine["constants"]
+    goal_lines = gpu_goals.lines(gpu_goals.outcomes(table, constants, gpu["name"]))
+    checked = sum(row["checked"] for row in found["equivalence"])
+    failed = len(found["failures"])
+    left_out = len(found["left_out"])
+    lines = [
+        "| whole training step | research formulation | strongest plain torch | fastapd | as a CUDA graph | against "
+        "the research formulation | against plain torch |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "| what | against | goal | measured | |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(line)} |" for line in goal_lines),
+        "",
+        f"Median times by CUDA events, {machine['dtype']} ({machine['precision']}), {gpu['name']}, torch "
+        f"{machine['torch']}, triton {machine['triton']};",
+        f"{checked} checks of equivalence, {failed} failures, {left_out} pieces left out. From "
+        f"`bench/results/{path.name}`.",
+    ]
+    return "\n".join(lines)
+
+
 def demo_table() -> str:
     """What the demo ended with, and how often it recovered."""
     demo = json.loads((results.RESULTS / "demo.json").read_text())
@@ -144,7 +204,8 @@ def collect_demo(runs: list[Path]) -> None:
 
 def render(text: str) -> str:
     """The README with its tables filled in."""
-    for name, table in (("demo", demo_table()), ("bench", bench_table()), ("goals", goals_table())):
+    filled = {"demo": demo_table(), "bench": bench_table(), "goals": goals_table(), "gpu": gpu_table()}
+    for name, table in filled.items():
         text = re.sub(
             rf"<!-- {name} -->.*?<!-- /{name} -->",
             lambda _, name=name, table=table: f"<!-- {name} -->\n{table}\n<!-- /{name} -->",

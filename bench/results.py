@@ -52,10 +52,29 @@ def table(found: Iterable[Row]) -> Table:
     return out
 
 
-def latest(but: Path | None = None) -> Path | None:
-    """The newest kept results by the date and time inside, other than `but`."""
-    found = [(load(path)["datetime"], path) for path in RESULTS.glob("20*.json") if path != but]
+def latest(but: Path | None = None, device: str = "cpu") -> Path | None:
+    """The newest kept results of a kind of device by the date and time inside, other than `but`.
+
+    Raises:
+        ValueError: If there are results of a rehearsal among them, which mean nothing.
+    """
+    found = []
+    for path in RESULTS.glob("20*.json"):
+        kept = load(path)
+        if kept.get("rehearsal"):
+            raise ValueError(f"results: {path.name} must be of a run on a card, got a rehearsal; remove it")
+        if path != but and kept["machine_info"].get("device", "cpu") == device:
+            found.append((kept["datetime"], path))
     return max(found)[1] if found else None
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with six digits, in whatever holds them."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def ours(contenders: dict[str, Row]) -> Row | None:

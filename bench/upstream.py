@@ -113,6 +113,12 @@ def component_acts(inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> dic
     return {name: einsum("bni,ncio->bnco", x.detach().clone(), weights[name]) for name, x in inputs.items()}
 
 
+def _no_effect(acts: dict[str, Tensor]) -> Tensor:
+    """Zeros [b, n, C]."""
+    one = next(iter(acts.values()))
+    return torch.zeros(one.shape[:-1], device=one.device)
+
+
 def add_effects(total: Tensor, gradients: dict[str, Tensor], acts: dict[str, Tensor]) -> None:
     """Adds to [b, n, C] the squared first-order effect of every component on one output, summed over layers."""
     effect = torch.zeros_like(total)
@@ -123,7 +129,7 @@ def add_effects(total: Tensor, gradients: dict[str, Tensor], acts: dict[str, Ten
 
 def reduce_attributions(gradients: list[dict[str, Tensor]], acts: dict[str, Tensor]) -> Tensor:
     """The loop over outputs when their gradients are already there."""
-    total = torch.zeros(next(iter(acts.values())).shape[:-1])
+    total = _no_effect(acts)
     for of_one_output in gradients:
         add_effects(total, of_one_output, acts)
     return total
@@ -133,7 +139,7 @@ def gradient_attributions(target: Recorded, weights: dict[str, Tensor]) -> Tenso
     """Attributions [b, n, C] of a recorded target: for every output one backward pass and one contraction."""
     acts = component_acts(target.inputs, weights)
     wanted = list(target.outputs.values())
-    total = torch.zeros(next(iter(acts.values())).shape[:-1])
+    total = _no_effect(acts)
     for o in range(target.output.shape[-1]):
         gradients = torch.autograd.grad(target.output[..., o].sum(), wanted, retain_graph=True)
         add_effects(total, dict(zip(target.outputs, gradients, strict=True)), acts)
@@ -151,7 +157,7 @@ def topk_mask(scores: Tensor, topk: float) -> Tensor:
 
 def schatten(factors: Factors, mask: Tensor, p: float, n_params: int) -> Tensor:
     """sum over layers, samples, components and ranks of (mask ‖a‖² ‖b‖² + 1e-16)^{p/2}, [n_instances]."""
-    total = torch.zeros(mask.shape[1])
+    total = torch.zeros(mask.shape[1], device=mask.device)
     for A, B in factors.values():
         S_A = einsum("ncim,ncim->ncm", A, A)
         S_B = einsum("ncmo,ncmo->ncm", B, B)
@@ -162,7 +168,7 @@ def schatten(factors: Factors, mask: Tensor, p: float, n_params: int) -> Tensor:
 
 def param_match(factors: Factors, targets: dict[str, Tensor], n_params: int) -> Tensor:
     """Squared distance of the summed components to the target's weights, layer by layer, [n_instances]."""
-    total = torch.tensor(0.0)
+    total = torch.zeros((), device=next(iter(targets.values())).device)
     for name, (A, B) in factors.items():
         total = total + ((weight(A, B) - targets[name]) ** 2).sum((-2, -1))
     return total / n_params
@@ -175,7 +181,7 @@ def reconstruction(output: Tensor, target_output: Tensor) -> Tensor:
 
 def activation_reconstruction(outputs: dict[str, Tensor], target_outputs: dict[str, Tensor]) -> Tensor:
     """Squared error after a ReLU over the given layers, by their widths, mean over samples, [n_instances]."""
-    loss, width = torch.zeros(1), 0
+    loss, width = torch.zeros(1, device=next(iter(outputs.values())).device), 0
     for name, y in outputs.items():
         loss = loss + ((torch.relu(target_outputs[name]) - torch.relu(y)) ** 2).sum(-1)
         width += y.shape[-1]
@@ -284,7 +290,7 @@ class Step:
             hidden = {name: y for name, y in outputs.items() if name.endswith("mlp_in")}
             terms["act_recon"] = activation_reconstruction(hidden, target.outputs)
         terms["schatten"] = schatten(self.factors(), mask, self.p, self.n_params)
-        total = torch.tensor(0.0)
+        total = torch.zeros((), device=x.device)
         for name, coefficient in wanted.items():
             if coefficient:
                 total = total + coefficient * terms[name].mean()
