@@ -2,8 +2,7 @@
 
 By hand: FASTAPD_BACKEND=triton python -m pytest tests/triton/check_interpreter.py
 
-`checked.py` turns the interpreter on, which holds for a whole process: this one. With `-m slow` come all cases, all of
-`tests/ops` is run by the lane itself.
+`checked.py` turns the interpreter on, which holds for a whole process: this one. With `-m slow` come all cases.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ QUICK = (
     testing.Case("over", 1, 18, 17, 9, 33, 20, n_outputs=17, k=1.0),  # one more than fits a block, on every axis
 )
 FEW = QUICK[0]
+EXACT = ("component_svdvals", "schatten", "schatten_accumulate")
+FIVE = testing.Case("five", 1, 18, 5, 5, 33, 20, n_outputs=17, k=1.0)
+"""In place of "over" where matrices are rotated, which takes the interpreter long: four fit a block."""
 TRITON = [op for op in testing.OPS if "triton" in backends.TABLE[op]]
 PROVED: set[tuple[str, str]] = set()
 """(kernel, narrowest dtype among its arguments) of every launch that was checked."""
@@ -43,11 +45,17 @@ def names(dtype: torch.dtype) -> str:
 
 every = pytest.mark.parametrize("op", TRITON)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=names)
-cases = pytest.mark.parametrize(
-    "case",
-    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in testing.CASES.values())],
-    ids=lambda case: case.name,
-)
+
+
+def pairs(op: str) -> list[Any]:
+    """(op, case): two quick cases, and all others."""
+    quick = (FEW, FIVE) if op in EXACT else QUICK
+    others = [QUICK[1], *testing.CASES.values()] if op in EXACT else testing.CASES.values()
+    marked = [(case, ()) for case in quick] + [(case, pytest.mark.slow) for case in others]
+    return [pytest.param(op, case, id=f"{op}-{case.name}", marks=marks) for case, marks in marked]
+
+
+cases = pytest.mark.parametrize(("op", "case"), [pair for op in TRITON for pair in pairs(op)])
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +84,12 @@ def assert_matches(op: str, args: Any, what: str = "triton") -> testing.Answer:
 
 @cases
 @dtypes
-@every
 def test_kernels_match_the_reference(op, dtype, case):
     assert_matches(op, testing.inputs(op, case, dtype))
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+@pytest.mark.parametrize("order", ["reverse", pytest.param("shuffled", marks=pytest.mark.slow)])
 @cases
-@every
 def test_kernels_do_not_depend_on_the_order_of_programs(op, case, order):
     args = testing.inputs(op, case)
     testing.assert_bit_equal(answer(op, args, order)[0], answer(op, args)[0])
