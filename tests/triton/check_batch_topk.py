@@ -263,6 +263,21 @@ def test_topk_takes_every_instance_its_own_number(take, route, order):
         assert_matches("batch_topk_counts", scores, torch.tensor([40, 0]), 40, order=order)
 
 
+def test_topk_is_partitioned_in_slices(take, monkeypatch):
+    """Several programs share the pairs of a range, as they do for long lists."""
+    take("few, partitioned")
+    of_sizes = kernels.grouping
+    monkeypatch.setattr(kernels, "grouping", lambda *sizes: of_sizes(*sizes)._replace(n_slices=3, slice_pairs=20))
+    assert_matches("batch_topk", SCORES["squares"](SHAPE), 55, order="shuffled")
+
+
+@pytest.mark.slow
+def test_topk_is_partitioned_step_by_step(take):
+    """More pairs than a program looks at at once."""
+    take("many, partitioned")
+    assert_matches("batch_topk", SCORES["squares"]((1, 80, 64)), 4500, order="shuffled")
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (0, 300, 400), (2, 0, 4), (2, 3, 0), (2, 300, 400)])
 def test_topk_of_nothing_starts_nothing(shape):
     scores, none = torch.zeros(shape), torch.zeros(shape[0])
