@@ -193,34 +193,30 @@ def _outer_kernel(
 
 
 def project_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """16 pairs, the least that a tensor-core product takes, since a component has few; all of the rank up to 64."""
-    return {
-        "BLOCK_PAIRS": 16,
-        "BLOCK_RANK": block(rank, 16, 64),
-        "BLOCK_D": block(d, 16, 64),
-        "num_warps": 2,
-        "num_stages": 3,
-    }
+    """16 pairs, the least that a tensor-core product takes, since a component has few; all of the rank up to 64.
+
+    A thread holds 32 entries of a factor: their addresses fill twice as many registers.
+    """
+    block_rank, block_d = block(rank, 16, 64), block(d, 16, 64)
+    warps = 4 if block_rank * block_d > 2048 else 2
+    return {"BLOCK_PAIRS": 16, "BLOCK_RANK": block_rank, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 3}
 
 
 def combine_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """16 rows of factors in flight, 64 where one component fills them; 2048 sums a warp at most."""
+    """16 rows of factors in flight, 64 where one component fills them; 1024 sums a warp at most."""
     block_rank = block(rank, 1, 64)
     pairs = max(1, 16 // block_rank)
     block_d = min(block(d, 16, 256), 8192 // (pairs * block_rank))
-    warps = max(1, min(4, pairs * block_rank * block_d // 2048))
-    return {"PAIRS": pairs, "BLOCK_RANK": block_rank, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
+    warps = max(1, min(8, pairs * block_rank * block_d // 1024))
+    blocks = {"PAIRS": pairs, "BLOCK_RANK": block_rank, "BLOCK_D": block_d}
+    return {**blocks, "num_warps": warps, "num_stages": 2, "maxnreg": 255}  # or ptxas spills for more warps at once
 
 
 def outer_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """32 pairs at once: most components need one round."""
-    return {
-        "BLOCK_PAIRS": 32,
-        "BLOCK_RANK": block(rank, 16, 64),
-        "BLOCK_D": block(d, 16, 64),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    """32 pairs at once: most components need one round. A thread has 16 sums at most."""
+    block_rank, block_d = block(rank, 16, 64), block(d, 16, 64)
+    warps = 8 if block_rank * block_d > 2048 else 4
+    return {"BLOCK_PAIRS": 32, "BLOCK_RANK": block_rank, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
 class _Pairs:
