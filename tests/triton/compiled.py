@@ -48,14 +48,21 @@ FLOAT64 = ("_svd", "_schatten", "_norms")
 ATOMIC = ("_topk",)
 """Parts of the names of kernels that count with integer atomics."""
 TENSOR_CORES = re.compile(r"^\s*(?:@!?%p\d+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 S1 = testing.Case("S1", 1, 2048, 130, 50, 1000, 50, n_outputs=100, k=1.28)
 S2 = testing.Case("S2", 1, 4096, 2000, 4, 512, 512, n_outputs=512, k=16.0)
 S3 = testing.Case("S3", 1, 10_000, 100_000, 1, 1024, 1024, n_outputs=1000, k=32.0)
 TMS = testing.Case("TMS 40-10", 3, 2048, 50, 10, 40, 10, n_outputs=40, k=1.0, tied=True)
 ODD = testing.CASES["odd"]
-QUICK, FULL = (S2, ODD), (S1, S2, S3, TMS, ODD)
+ALL = (S1, S2, S3, TMS, ODD)
+QUICK = [((S2, ODD), (torch.float32,), "tf32x3"), ((ODD,), (torch.bfloat16,), "tf32x3")]
+FULL = [
+    (ALL, (torch.float32, torch.bfloat16), "tf32x3"),
+    ((ODD,), (torch.float16,), "tf32x3"),
+    ((ODD,), (torch.float32,), "ieee"),
+    ((ODD,), (torch.float32,), "tf32"),
+]
+"""Cases, dtypes and precisions."""
 
 
 class Shapes(_cases.Source):
@@ -214,18 +221,22 @@ def rows(sm: int, cases: tuple[testing.Case, ...], dtypes: tuple[torch.dtype, ..
     return out
 
 
-KEY = ("op", "case", "dtype", "sm", "precision", "kernel")
+KEY = ("op", "case", "dtype", "sm", "precision")
 FIGURES = ("warps", "registers", "stack", "shared", "tensor_cores", "atomics")
 
 
-def _keyed(found: list[dict]) -> dict[str, dict[str, int]]:
-    """By op, case, dtype, card, precision, kernel and place among its like."""
-    out: dict[str, dict[str, int]] = {}
+def _key(row: dict[str, Any]) -> str:
+    return " | ".join(str(row[k]) for k in KEY)
+
+
+def _keyed(found: list[dict]) -> dict[str, dict[str, list[int]]]:
+    """FIGURES by what is called and by kernel; of several binaries of one kernel each has its place."""
+    out: dict[str, dict[str, list[int]]] = {}
     for row in found:
-        key, n = " | ".join(str(row[k]) for k in KEY), 1
-        while (name := key if n == 1 else f"{key} #{n}") in out:
+        kernels, kernel, n = out.setdefault(_key(row), {}), row["kernel"], 1
+        while (name := kernel if n == 1 else f"{kernel} #{n}") in kernels:
             n += 1
-        out[name] = {f: row[f] for f in FIGURES}
+        kernels[name] = [row[f] for f in FIGURES]
     return out
 
 
@@ -235,18 +246,21 @@ def compared(found: list[dict]) -> list[str]:
     if kept["triton"] != triton.__version__:
         return []
     out = []
-    for name, figures in _keyed(found).items():
-        if (before := kept["figures"].get(name)) is None:
-            out.append(f"{name}: not among the kept figures")
-        elif before != figures:
-            changes = (f"{k} {before[k]} -> {figures[k]}" for k in FIGURES if before[k] != figures[k])
-            out.append(f"{name}: {', '.join(changes)}")
+    for called, kernels in _keyed(found).items():
+        before = kept["figures"].get(called, {})
+        out += [f"{called} | {kernel}: kept, but not compiled" for kernel in before if kernel not in kernels]
+        for kernel, figures in kernels.items():
+            if kernel not in before:
+                out.append(f"{called} | {kernel}: not among the kept figures")
+            elif before[kernel] != figures:
+                pairs = zip(FIGURES, before[kernel], figures, strict=True)
+                out.append(f"{called} | {kernel}: {', '.join(f'{n} {a} -> {b}' for n, a, b in pairs if a != b)}")
     return out
 
 
 def write(found: list[dict]) -> None:
     lines = (f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in sorted(_keyed(found).items()))
-    head = f'{{"triton": {json.dumps(triton.__version__)}, "figures": {{\n'
+    head = f'{{"triton": "{triton.__version__}", "each kernel": {json.dumps(FIGURES)}, "figures": {{\n'
     RESOURCES.write_text(head + ",\n".join(lines) + "\n}}\n")
 
 
@@ -259,13 +273,9 @@ def main() -> int:
     given = parser.parse_args()
     found: list[dict] = []
     for sm in given.sm:
-        if given.full:
-            found += rows(sm, FULL, DTYPES, "tf32x3")
-            for precision in ("ieee", "tf32"):
-                found += rows(sm, QUICK, DTYPES[:1], precision)
-        else:
-            found += rows(sm, QUICK, DTYPES[:1], "tf32x3") + rows(sm, QUICK[1:], DTYPES[1:2], "tf32x3")
-    bad = [f"{' | '.join(str(r[k]) for k in KEY)}: {'; '.join(r['wrong'])}" for r in found if r["wrong"]]
+        for cases, dtypes, precision in FULL if given.full else QUICK:
+            found += rows(sm, cases, dtypes, precision)
+    bad = [f"{_key(r)} | {r['kernel']}: {'; '.join(r['wrong'])}" for r in found if r["wrong"]]
     if given.write:
         write(found)
     changed = compared(found)
