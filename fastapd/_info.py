@@ -69,7 +69,9 @@ def lines() -> list[str]:
     else:
         archs = ", ".join(f"sm_{a}" for a in info.get("cuda_archs", []))
         found = cuda.module.unavailable_reason() or f"{cuda.module.device_count()} devices"
-        out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs}; device queries only so far; {found}")
+        n_ops = sum("cuda" in row for row in backends.TABLE.values())
+        kernels = f"kernels for {n_ops} of {len(backends.TABLE)} operations"
+        out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs} and PTX of the newest, {kernels}; {found}")
     out.append(f"  triton   {_triton_line(env['triton'])}")
     forced = backends.forced_backends()
     out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else 'chosen per call, first that can run'}"]
@@ -95,7 +97,7 @@ def _triton_line(version: str | None) -> str:
 
 def _explained(op: str, args: tuple[Any, ...], forced: tuple[str, ...] | None) -> list[str]:
     reasons = backends.explain(op, *args)
-    order = forced or backends.BACKENDS
+    order, first = (forced, "") if forced else backends.order(op, *args)
     runs = next((b for b in order if not reasons[b]), "nothing")
     why_not = [f"{b}: {'; '.join(reasons[b])}" for b in backends.BACKENDS if reasons[b] and b in backends.TABLE[op]]
     absent = [b for b in backends.BACKENDS if b not in backends.TABLE[op]]
