@@ -23,10 +23,10 @@ def no_device() -> str:
     return module.unavailable_reason() or ""
 
 
-def memory() -> str:
-    """The type of device whose addresses the module takes: "cuda", or "cpu" where a test has loaded an emulation."""
+def is_emulated() -> bool:
+    """Whether the module runs on the CPU and takes CPU tensors: tests load such a one in the place of the real one."""
     module: Any = _native.load("_C_cuda").module
-    return module.memory
+    return module is not None and module.memory == "cpu"
 
 
 def _stream(on: Tensor) -> int:

@@ -12,6 +12,9 @@ from fastapd._precision import precision
 from fastapd._rundir import environment
 
 
+CHOICE = f"chosen per call: the first of {', '.join(backends.BACKENDS)} that can run, unless a reason is given"
+
+
 def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
     """Small float32 arguments for every row of the backend table."""
     x, A, B = (torch.zeros(1, *s, device=device) for s in ((4, 3), (2, 3, 2), (2, 2, 5)))
@@ -74,7 +77,7 @@ def lines() -> list[str]:
         out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs} and PTX of the newest, {kernels}; {found}")
     out.append(f"  triton   {_triton_line(env['triton'])}")
     forced = backends.forced_backends()
-    out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else 'chosen per call, first that can run'}"]
+    out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else CHOICE}"]
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     for device in devices:
         out.append(f"  float32 tensors on {device}")
@@ -103,4 +106,6 @@ def _explained(op: str, args: tuple[Any, ...], forced: tuple[str, ...] | None) -
     absent = [b for b in backends.BACKENDS if b not in backends.TABLE[op]]
     if absent:
         why_not.append(f"{', '.join(absent)}: no implementation")
-    return [f"    {op:38s} {runs:10s} not {'; not '.join(why_not)}" if why_not else f"    {op:38s} {runs}"]
+    said = [f"first because {first}"] if first else []
+    said += [f"not {reason}" for reason in why_not]
+    return [f"    {op:38s} {runs:10s} {'; '.join(said)}".rstrip()]

@@ -156,12 +156,11 @@ def _cuda_reasons(tensors: list[Tensor]) -> list[str]:
     native = _native.load("_C_cuda")
     if native.module is None:
         return [native.reason]
-    first = tensors[0]
-    if first.device.type == "cuda" == _cuda.memory():
+    first, wanted = tensors[0], "cuda" in (forced_backends() or ())
+    if first.device.type == "cuda" and not _cuda.is_emulated():
         return list(_cuda.device_reasons(first.device.index))
-    wanted = "cuda" in (forced_backends() or ())
-    # An emulation, which only tests load, takes tensors on the CPU, and only when CUDA is asked for by name.
-    if first.device.type == _cuda.memory() and wanted:
+    # As Triton's interpreter: for CPU tensors when it is asked for by name.
+    if first.device.type == "cpu" and wanted and _cuda.is_emulated():
         return []
     why = f" ({no_device})" if wanted and (no_device := _cuda.no_device()) else ""
     return [f"the tensors are on {first.device}, not on a CUDA device{why}"]
@@ -253,10 +252,9 @@ def explain(op: str, *args: Any) -> dict[str, list[str]]:
 def _walk(op: str, args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[list[str], str]:
     """The backends of an op in the order in which they are tried for these arguments, and why one came to the front."""
     row = list(TABLE[op])
-    for backend in row:
-        if (op, backend) in PREFERRED and not _reasons(op, backend, args, tensors):
-            if why := _load(PREFERRED[op, backend])(*args):
-                return [backend, *(b for b in row if b != backend)], why
+    for name, backend in PREFERRED:
+        if name == op and not _reasons(op, backend, args, tensors) and (why := _load(PREFERRED[op, backend])(*args)):
+            return [backend, *(b for b in row if b != backend)], why
     return row, ""
 
 

@@ -357,7 +357,10 @@ extern "C" {
 __attribute__((visibility("default"))) void fastapd_emulation_order(int order) {
   emulation::order = order;
 }
-__attribute__((visibility("default"))) long long fastapd_emulation_blocks() {
-  return emulation::n_blocks;
+__attribute__((visibility("default"))) int fastapd_emulation_launches() {
+  return static_cast<int>(emulation::n_launches);
+}
+__attribute__((visibility("default"))) int fastapd_emulation_blocks() {
+  return static_cast<int>(emulation::n_blocks);
 }
 }
