@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels of `fastapd._C_cuda` run on a device, and how one is started: by name, on the current stream.
+"""Whether the CUDA kernels of `fastapd._C_cuda` run on a device, and how they are started: by name, on its stream.
 
 Nothing is started before somebody asks: the first question about a device is answered by a kernel that does nothing.
 """

@@ -11,7 +11,6 @@ from fastapd import _native, _triton, backends
 from fastapd._precision import precision
 from fastapd._rundir import environment
 
-
 CHOICE = f"chosen per call: the first of {', '.join(backends.BACKENDS)} that can run, unless a reason is given"
 
 

@@ -41,9 +41,7 @@ def run(command: list[str], settings: Mapping[str, str], timeout: int = 1800) ->
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "lane", ["triton interpreter", "triton far", "triton sm_80", "triton sm_90", "triton sm_100"]
-)
+@pytest.mark.parametrize("lane", ["triton interpreter", "triton far", "triton sm_80", "triton sm_90", "triton sm_100"])
 def test_triton_lane(lanes, lane):
     code, printed = lanes.result(lane)
     assert code == 0, printed[-8000:]

@@ -1,7 +1,7 @@
 // The epilogue of component_sum_loss: the residual and its squared sum in one pass over the library GEMM's result.
 //
-// The sum W = At^T B is one GEMM over the concatenated ranks, which cuBLAS does best. What is left, residual = W - target
-// and loss = sum residual^2, touches memory only: one read of both, one write. A block owns kTile numbers of one
+// The sum W = At^T B is one GEMM over the concatenated ranks, which cuBLAS does best. What is left, residual = W -
+// target and loss = sum residual^2, touches memory only: one read of both, one write. A block owns kTile numbers of one
 // instance and leaves one partial sum, in float (in double for double); a second kernel, of one block an instance, adds
 // the partial sums in double, in order. An instance of one tile needs no second kernel. No atomics: bits repeat.
 #include "cuda/launch.h"
@@ -60,8 +60,7 @@ void component_sum_loss(Stream stream, T* residual, const T* target, T* loss, Ac
   if (n_tiles > 1) launch(op, add_partials_kernel<T>, n_instances, kThreads, 0, stream, partials, loss, n_tiles);
 }
 
-#define FASTAPD_INSTANTIATE(T) \
-  template void component_sum_loss<T>(Stream, T*, const T*, T*, Acc<T>*, int64_t, int64_t);
+#define FASTAPD_INSTANTIATE(T) template void component_sum_loss<T>(Stream, T*, const T*, T*, Acc<T>*, int64_t, int64_t);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)
 FASTAPD_INSTANTIATE(Half)

@@ -1,5 +1,5 @@
-// What the machine's CUDA devices are, and which one is current. No CUDA header here: bindings_cuda.cpp is compiled by the
-// C++ compiler.
+// What the machine's CUDA devices are, and which one is current. No CUDA header here: bindings_cuda.cpp is compiled by
+// the C++ compiler.
 #pragma once
 #include <cstddef>
 #include <optional>
@@ -34,8 +34,8 @@ class DeviceGuard {
 
 // "cuda", or "cpu" in the emulation that tests build: whose memory the addresses are in.
 const char* memory();
-// Starts a kernel that does nothing on the current device and waits for it. Throws what CUDA says, such as that there is
-// no code for this device.
+// Starts a kernel that does nothing on the current device and waits for it. Throws what CUDA says, such as that there
+// is no code for this device.
 void start_nothing(Stream stream);
 
 // 0 where there is no driver or no device; any other failure (a broken driver, say) throws.

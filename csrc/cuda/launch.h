@@ -18,8 +18,8 @@
 // T name[count], in the block's shared memory; holds anything at first.
 #define FASTAPD_SHARED(T, name, count) __shared__ T name[count]
 // T* name, the bytes that the launch asked for.
-#define FASTAPD_DYNAMIC_SHARED(T, name)                                       \
-  extern __shared__ __align__(16) unsigned char fastapd_dynamic_shared[];     \
+#define FASTAPD_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char fastapd_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(fastapd_dynamic_shared)
 #else
 #define FASTAPD_SHARED(T, name, count) \
@@ -52,7 +52,8 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
                              std::to_string(blocks) + "; split the batch");
 #ifdef __CUDACC__
   if (shared_bytes > 48 * 1024)  // more than that must be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), op);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          op);
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), op);

@@ -97,7 +97,9 @@ def test_rows_of_any_size_and_scale(dtype):
     limits = torch.finfo(dtype)
     for d in (1, 31, 32, 33, 300):
         rows = testing.inputs("unit_norm", testing.Case("", 1, 1, 7, 5, d, 1, n_outputs=1), dtype)[0]
-        for row, scale in enumerate((limits.max / 8, limits.tiny * 8, limits.smallest_normal, 0.0, torch.nan, torch.inf)):
+        for row, scale in enumerate(
+            (limits.max / 8, limits.tiny * 8, limits.smallest_normal, 0.0, torch.nan, torch.inf)
+        ):
             rows[0, row] *= scale
         assert_matches("unit_norm", (rows,))
 

@@ -1,7 +1,4 @@
-"""What the emulation of CUDA itself does right, and what it finds: the kernels of `misuse.cu`, on plain memory.
-
-The sanitizers run in processes of their own, whose program this file is too: MODULE KERNEL FLAG.
-"""
+"""What the emulation of CUDA itself does right, and what it finds: the kernels of `misuse.cu`, on plain memory."""
 
 from __future__ import annotations
 
@@ -13,27 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 HERE = Path(__file__).parent
 
 
-def start(library: ctypes.CDLL, kernel: str, x: Any = None, out: Any = None, flag: int = 0) -> str:
-    library.run_misuse.restype = ctypes.c_char_p
-    pointers = [ctypes.c_void_p(a.ctypes.data if a is not None else None) for a in (x, out)]
-    return library.run_misuse(kernel.encode(), *pointers, flag).decode()
+def load(name: str) -> Any:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-if __name__ == "__main__":
-    print(start(ctypes.CDLL(sys.argv[1]), sys.argv[2], None, np.zeros(64, np.int32), int(sys.argv[3])) or "no error")
-    sys.exit()
-
-import pytest
-
-_spec = importlib.util.spec_from_file_location("emulated", HERE / "emulated.py")
-assert _spec is not None
-assert _spec.loader is not None
-emulated = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(emulated)
+emulated, misuse = load("emulated"), load("misuse")
+start = misuse.start
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +74,10 @@ def test_emulation_computes_what_a_card_would(plain, order):
     assert np.isnan(fresh).all(), "one block's shared memory says nothing to the next"
 
 
+ON = "block 0 cannot go on: "
 STUCK = {
-    "half_of_the_block_at_a_barrier": "block 0 cannot go on: 32 of its 64 threads have returned, 32 wait at __syncthreads",
-    "some_lanes_leave": "block 0 cannot go on: 16 of its 32 threads have returned, 16 wait at __syncwarp",
+    "half_of_the_block_at_a_barrier": f"{ON}32 of its 64 threads have returned, 32 wait at __syncthreads",
+    "some_lanes_leave": f"{ON}16 of its 32 threads have returned, 16 wait at __syncwarp",
     "two_collectives_at_once": "block 0, thread 1: a shuffle while other lanes of the warp wait at a ballot",
     "part_of_a_warp": "block 0, thread 0: a collective of a part of a warp, which is not emulated",
     "too_much_shared_memory": "block 0, thread 0: 262144 bytes of shared memory, more than a card has",
@@ -110,7 +104,7 @@ FOUND = {
 def test_emulation_shows_sanitizers_what_is_wrong_and_nothing_else(libraries, sanitizer, kernel):
     right, wrong = ("0", "1") if sanitizer == "address" else ("1", "0")
     for flag in (right, wrong):
-        command = [sys.executable, "-P", __file__, str(libraries[sanitizer]), kernel, flag]
+        command = [sys.executable, "-P", misuse.__file__, str(libraries[sanitizer]), kernel, flag]
         env = emulated.preloaded(sanitizer)
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         if flag == right:

@@ -3,8 +3,8 @@
     FASTAPD_EMULATED_CUDA=1 python -m pytest tests/ops -k cuda       by hand: the ops' tests on the emulated kernels
 
 `tests/conftest.py` sees the variable, builds the module, or takes the one whose path the variable gives, and puts it in
-the place of the real one. The module says that its addresses are the CPU's, so the cuda backend takes CPU tensors when it
-is asked for by name. Sanitizers are compiled into the kernels alone: their libraries must be preloaded into the process.
+the place of the real one. The module says that its addresses are the CPU's, so the cuda backend takes CPU tensors when
+it is asked for by name. Sanitizers are compiled into the kernels alone; their libraries must be preloaded.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+
+import pybind11
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).with_name("emulation")
@@ -38,9 +40,7 @@ def why_not() -> str:
     """Why nothing can be built here; empty if it can."""
     if not (ROOT / "csrc").exists():
         return "needs the checkout"
-    if shutil.which("g++") is None:
-        return "g++ is not on this machine"
-    return "" if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
+    return "" if shutil.which("g++") else "g++ is not on this machine"
 
 
 def _compile(*words: str | Path) -> None:
@@ -97,43 +97,56 @@ def preloaded(sanitizer: str) -> dict[str, str]:
 
 
 class Build:
-    """One folder of objects, in which only what differs between sanitizers and planted errors is compiled again."""
+    """A folder of objects; what does not differ between two modules is compiled once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._bindings = folder / "bindings.o"
+        self._objects: dict[tuple[str, str], Path] = {}
 
-    def module(self, sanitizer: str = "", planted: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> Path:
+    def _planted(self, planted: Mapping[str, tuple[str, str]]) -> Path:
+        """A copy of csrc with mistakes in it."""
+        csrc = Path(tempfile.mkdtemp(prefix="planted-", dir=self.folder), "csrc")
+        shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu"))
+        for name, (right, wrong) in planted.items():
+            text = (csrc / "cuda" / name).read_text()
+            assert text.count(right) == 1, f"{name} holds {text.count(right)} times {right!r}; adapt the test"
+            (csrc / "cuda" / name).write_text(text.replace(right, wrong))
+        return csrc
+
+    def module(self, sanitizer: str = "", planted: Mapping[str, tuple[str, str]] | None = None) -> Path:
         """The path of a module whose kernels are compiled with a sanitizer.
 
         Args:
             sanitizer: "address", "thread" or "" for none.
             planted: By the name of a file in csrc/cuda: what is right there, once, and what is wrong.
         """
+        csrc = self._planted(planted) if planted else ROOT / "csrc"
         out = Path(tempfile.mkdtemp(prefix=f"{sanitizer or 'plain'}-", dir=self.folder))
-        csrc = ROOT / "csrc"
-        if planted:
-            csrc = Path(shutil.copytree(csrc, out / "csrc", ignore=shutil.ignore_patterns("cpu")))
-            for name, changes in planted.items():
-                text = (csrc / "cuda" / name).read_text()
-                for right, wrong in changes:
-                    assert text.count(right) == 1, f"{name} holds {text.count(right)} times {right!r}; adapt the test"
-                    text = text.replace(right, wrong)
-                (csrc / "cuda" / name).write_text(text)
+        everything = any(not name.endswith(".cu") for name in planted or ())  # a header
         flags = [*FLAGS, f"-I{EMULATION}", f"-I{csrc}"]
+        objects: list[Path] = []
         jobs: list[list[str | Path]] = []
-        for source in sorted((csrc / "cuda").glob("*.cu")):
-            jobs.append([*flags, *SANITIZERS[sanitizer], "-x", "c++", "-c", source, "-o", out / f"{source.stem}.o"])
-        jobs.append(_emulation(sanitizer, out / "emulation.o"))
-        if not self._bindings.exists():  # addresses in, calls out: the same for all
-            import pybind11
 
-            python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-            jobs.append([*flags, *python, "-O1", "-c", csrc / "bindings_cuda.cpp", "-o", self._bindings])
+        def need(key: tuple[str, str], words: Callable[[Path], list[str | Path]], changed: bool) -> None:
+            known = self._objects.get(key)
+            if changed or known is None:
+                known = out / f"{key[1]}.o"
+                jobs.append(words(known))
+                if not changed:
+                    self._objects[key] = known
+            objects.append(known)
+
+        for source in sorted((csrc / "cuda").glob("*.cu")):
+            changed = everything or source.name in (planted or ())
+            compiled = [*flags, *SANITIZERS[sanitizer], "-x", "c++", "-c", source, "-o"]
+            need((sanitizer, source.stem), lambda to, words=compiled: [*words, to], changed)
+        need((sanitizer, "emulation"), lambda to: _emulation(sanitizer, to), False)
+        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        bindings = [*flags, *python, "-O1", "-c", csrc / "bindings_cuda.cpp", "-o"]
+        need(("", "bindings"), lambda to: [*bindings, to], False)  # addresses in, calls out: nothing to sanitize
         with ThreadPoolExecutor(2) as pool:
-            for done in [pool.submit(_compile, *job) for job in jobs]:
-                done.result()
-        _link(sanitizer, [self._bindings, *sorted(out.glob("*.o"))], out / NAME)
+            list(pool.map(lambda job: _compile(*job), jobs))
+        _link(sanitizer, objects, out / NAME)
         return out / NAME
 
 

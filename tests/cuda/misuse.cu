@@ -82,12 +82,14 @@ __global__ void handed_over(int* out, bool ordered) {
   out[threadIdx.x] = one[0];
 }
 
-// Every block writes out[0]; or, apart, one number each.
+// Every block writes out[0] behind a barrier, which says nothing to other blocks; or, apart, one number each.
 __global__ void from_all_blocks(int* out, bool apart) {
+  __syncthreads();
   if (threadIdx.x == 0) out[apart ? blockIdx.x : 0] = 1;
 }
 
-// Twice through the same shared number: without the second barrier a fast thread overwrites what a slow one still reads.
+// Twice through the same shared number: without the second barrier a fast thread overwrites what a slow one still
+// reads.
 __global__ void used_twice(int* out, bool ordered) {
   FASTAPD_SHARED(int, one, 1);
   for (int i = 0; i < 2; ++i) {
@@ -132,7 +134,7 @@ EXPORTED run_misuse(const char* name, void* x, void* out, int flag) {
   if (kernel == "too_much_shared_memory") return start(too_much_shared_memory, 1, 32, 0);
   if (kernel == "half_a_warp") return start(some_lanes_leave, 1, 16, 0);
   if (kernel == "handed_over") return start(handed_over, 1, 32, 0, ints, flag != 0);
-  if (kernel == "from_all_blocks") return start(from_all_blocks, 2, 32, 0, ints, flag != 0);
+  if (kernel == "from_all_blocks") return start(from_all_blocks, 2, 64, 0, ints, flag != 0);
   if (kernel == "used_twice") return start(used_twice, 1, 64, 0, ints, flag != 0);
   return "no such kernel";
 }

@@ -6,7 +6,8 @@
 // stacks instead of one of threads. What is checked on the way:
 //
 // - all threads of a block reach the same barrier, all lanes of a warp the same collective, and none leaves before;
-// - shared memory holds NaN at the start of every block, and under the address sanitizer ends where it was asked to end;
+// - shared memory holds NaN at the start of every block, and under the address sanitizer ends where it was asked to
+// end;
 // - under the thread sanitizer every fiber counts as a thread that nothing orders but __syncthreads, __syncwarp and the
 //   beginning and end of a launch: not shuffles, nor the order of blocks. So a missing barrier is a data race.
 //
@@ -143,23 +144,29 @@ inline int __all_sync(unsigned mask, int predicate) {
 }
 
 // Atomics order nothing but themselves, as on a card. Integers alone.
-#define FASTAPD_ATOMIC(T)                                                                         \
-  inline T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }  \
-  inline T atomicOr(T* at, T value) { return __atomic_fetch_or(at, value, __ATOMIC_RELAXED); }    \
-  inline T atomicExch(T* at, T value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); } \
-  inline T atomicCAS(T* at, T before, T value) {                                                  \
-    __atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);   \
-    return before;                                                                                \
-  }                                                                                               \
-  inline T atomicMax(T* at, T value) {                                                            \
-    T before = __atomic_load_n(at, __ATOMIC_RELAXED);                                             \
-    while (before < value && atomicCAS(at, before, value) != before) before = *at;                \
-    return before;                                                                                \
-  }                                                                                               \
-  inline T atomicMin(T* at, T value) {                                                            \
-    T before = __atomic_load_n(at, __ATOMIC_RELAXED);                                             \
-    while (value < before && atomicCAS(at, before, value) != before) before = *at;                \
-    return before;                                                                                \
+#define FASTAPD_ATOMIC(T)                                                                       \
+  inline T atomicAdd(T* at, T value) {                                                          \
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);                                     \
+  }                                                                                             \
+  inline T atomicOr(T* at, T value) {                                                           \
+    return __atomic_fetch_or(at, value, __ATOMIC_RELAXED);                                      \
+  }                                                                                             \
+  inline T atomicExch(T* at, T value) {                                                         \
+    return __atomic_exchange_n(at, value, __ATOMIC_RELAXED);                                    \
+  }                                                                                             \
+  inline T atomicCAS(T* at, T before, T value) {                                                \
+    __atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
+    return before;                                                                              \
+  }                                                                                             \
+  inline T atomicMax(T* at, T value) {                                                          \
+    T before = __atomic_load_n(at, __ATOMIC_RELAXED);                                           \
+    while (before < value && atomicCAS(at, before, value) != before) before = *at;              \
+    return before;                                                                              \
+  }                                                                                             \
+  inline T atomicMin(T* at, T value) {                                                          \
+    T before = __atomic_load_n(at, __ATOMIC_RELAXED);                                           \
+    while (value < before && atomicCAS(at, before, value) != before) before = *at;              \
+    return before;                                                                              \
   }
 FASTAPD_ATOMIC(int)
 FASTAPD_ATOMIC(unsigned)

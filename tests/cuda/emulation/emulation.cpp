@@ -68,7 +68,8 @@ struct Array {
 };
 
 std::mutex one_launch;
-Fiber fibers[kMostThreads];
+Fiber fibers[2][kMostThreads];
+unsigned parity;  // of the block
 Thread threads[kMostThreads];
 Warp warps[kMostThreads / kWarp];
 unsigned at_barrier, n_left;
@@ -87,9 +88,10 @@ ucontext_t scheduler;
 [[maybe_unused]] const void* scheduler_stack;
 [[maybe_unused]] size_t scheduler_stack_bytes;
 
-// What the thread sanitizer orders by. Those of barriers alternate: a fast thread may come to the next barrier before a
-// slow one has gone on from this one, and would tell it what it is not to know.
-char begin_tag, end_tag, fence_tag, barrier_tags[2], warp_tags[kMostThreads / kWarp][2];
+// What the thread sanitizer orders by. Barriers alternate between two: a fast thread may come to the next barrier
+// before a slow one has gone on from this one, and would tell it what it is not to know. So do blocks, whose fibers
+// alternate, too: what two neighbours do is never ordered, what a block and the one after the next do may be.
+char begin_tag, end_tag, fence_tag, barrier_tags[2][2], warp_tags[2][kMostThreads / kWarp][2];
 
 #if FASTAPD_UNDER_THREAD
 void acquire(char& tag) {
@@ -233,6 +235,7 @@ int64_t permuted(int64_t i, int64_t n) {
 
 void run_block(int64_t number) {
   block_index = static_cast<unsigned>(permuted(number, grid_size));
+  parity = static_cast<unsigned>(number % 2);
   at_barrier = n_left = 0;
   arrays.clear();
   shared_used = dynamic_bytes;
@@ -242,8 +245,7 @@ void run_block(int64_t number) {
 #endif
   dynamic_array = take(dynamic_bytes);
   for (unsigned t = 0; t < block_size; ++t) {
-    // another fiber for each block, so that the thread sanitizer does not take one thread of all blocks for one
-    threads[t] = {&fibers[(t + number) % block_size], false, Wait::kNothing, 0, 0};
+    threads[t] = {&fibers[parity][t], false, Wait::kNothing, 0, 0};
     begin(*threads[t].fiber);
   }
   for (Warp& warp : warps) warp.arrived = 0;
@@ -266,7 +268,7 @@ void run_block(int64_t number) {
 }  // namespace
 
 void sync_threads() {
-  char& tag = barrier_tags[threads[thread_index].barriers++ % 2];
+  char& tag = barrier_tags[parity][threads[thread_index].barriers++ % 2];
   release(tag);
   if (++at_barrier < block_size) {
     wait(Wait::kSyncThreads);
@@ -278,7 +280,7 @@ void sync_threads() {
 }
 
 void sync_warp() {
-  char* tags = warp_tags[thread_index / kWarp];
+  char* tags = warp_tags[parity][thread_index / kWarp];
   const unsigned turn = threads[thread_index].collectives % 2;
   release(tags[turn]);
   meet(Wait::kSyncWarp, 0);
@@ -324,10 +326,11 @@ void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void (*what)(
   const std::lock_guard<std::mutex> lock(one_launch);
   if (threads_of_each == 0 || threads_of_each % kWarp != 0 || threads_of_each > kMostThreads || dynamic > kMostShared)
     throw std::runtime_error("a launch of " + std::to_string(threads_of_each) + " threads with " +
-                             std::to_string(dynamic) + " bytes of shared memory, which is no whole number of warps or " +
-                             "more than a card has");
+                             std::to_string(dynamic) +
+                             " bytes of shared memory, which is no whole number of warps or " + "more than a card has");
   if (arena == nullptr) {
-    void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     arena = static_cast<char*>(memory);
   }
@@ -346,7 +349,8 @@ void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void (*what)(
   acquire(end_tag);
   ++n_launches;
   if (wrong.empty()) return;
-  for (unsigned t = 0; t < block_size; ++t) fibers[t].begun = false;  // what is in the middle of something stays there
+  for (unsigned t = 0; t < block_size; ++t)
+    threads[t].fiber->begun = false;  // what is in the middle of something stays there
   throw std::runtime_error(wrong);
 }
 
