@@ -218,6 +218,17 @@ def test_cuda_missing_is_a_reason_and_no_warning(monkeypatch):
         assert backends._cuda_reasons([on_cuda()]) == ["fastapd._C_cuda was not built: no nvcc"]
 
 
+def test_cuda_calls_have_the_dtype_the_device_and_the_current_stream(monkeypatch):
+    said: list[Any] = []
+    module = SimpleNamespace(some_op_bfloat16=lambda *args: said.append(args))
+    monkeypatch.setattr(_native, "load", lambda name: _native.Native(module, ""))  # type: ignore[arg-type]
+    streams = {torch.device("cuda", 3): SimpleNamespace(cuda_stream=77)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device])
+    on: Any = SimpleNamespace(device=torch.device("cuda", 3), dtype=torch.bfloat16, is_cuda=True)
+    _cuda.call("some_op", on, 1, 2)
+    assert said == [(3, 77, 1, 2)]
+
+
 @pytest.fixture
 def everybody_runs(monkeypatch):
     """As on a card, for the order alone: nobody refuses."""

@@ -34,8 +34,8 @@ class DeviceGuard {
 
 // "cuda", or "cpu" in the emulation that tests build: whose memory the addresses are in.
 const char* memory();
-// Starts a kernel that does nothing on the current device and waits for it. Throws what CUDA says, such as that there
-// is no code for this device.
+// Starts a kernel that does nothing on the current device and does not wait for it. Throws what CUDA says, such as that
+// there is no code for this device.
 void start_nothing(Stream stream);
 
 // 0 where there is no driver or no device; any other failure (a broken driver, say) throws.

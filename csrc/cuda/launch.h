@@ -58,9 +58,8 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
            static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), op);
 #else
-  (void)stream;
   try {
-    emulation::launch(kernel, blocks, static_cast<unsigned>(threads), shared_bytes, arguments...);
+    emulation::launch(kernel, blocks, static_cast<unsigned>(threads), shared_bytes, stream, arguments...);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(op) + ": " + error.what());
   }

@@ -7,6 +7,9 @@ By hand: FASTAPD_EMULATED_CUDA=1 python -m pytest tests/cuda/check_emulated.py
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,9 +107,36 @@ def test_rows_of_any_size_and_scale(dtype):
         assert_matches("unit_norm", (rows,))
 
 
-def test_an_unknown_device_is_an_error_with_the_name_of_the_op():
+def test_calls_go_to_their_device_and_stream_and_leave_the_current_device_alone():
+    rows, controls = torch.ones(3, 4), module.controls
+    controls.fastapd_emulation_stream_of_last.restype = ctypes.c_uint64
+    for device, stream in ((1, 0x7F0012345678), (0, 5)):
+        module.unit_norm_float32(device, stream, rows.data_ptr(), 3, 4)
+        assert controls.fastapd_emulation_device_of_last() == device
+        assert controls.fastapd_emulation_stream_of_last() == stream
+        assert controls.fastapd_emulation_current_device() == 0
+    with pytest.raises(RuntimeError, match=r"^unit_norm: the problem must fit"):
+        module.unit_norm_float32(1, 0, 0, 1 << 40, 1)
+    assert controls.fastapd_emulation_current_device() == 0, "also after an error"
     with pytest.raises(RuntimeError, match=r"^unit_norm: invalid device ordinal$"):
-        module.unit_norm_float32(1, 0, 0, 0, 0)
+        module.unit_norm_float32(2, 0, 0, 0, 0)
+
+
+def test_calls_let_other_threads_of_python_run():
+    rows, began, ended = torch.ones(4000, 64), [], []
+
+    def call() -> None:
+        began.append(True)
+        module.unit_norm_float32(0, 0, rows.data_ptr(), 4000, 64)
+        ended.append(True)
+
+    thread, seen = threading.Thread(target=call), 0
+    thread.start()
+    while not ended:
+        seen += bool(began)
+        time.sleep(0)
+    thread.join()
+    assert seen > 50, "a few between the note and the call, thousands during it"
 
 
 def test_more_blocks_than_a_grid_holds_are_refused():

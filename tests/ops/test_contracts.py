@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastapd import ops, testing
+from fastapd import backends, ops, testing
 
 each_op = pytest.mark.parametrize("op", testing.OPS)
 every = pytest.mark.parametrize("op, backend", testing.pairs(*testing.OPS), indirect=["backend"])

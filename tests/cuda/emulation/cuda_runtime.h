@@ -63,15 +63,19 @@ void whole_warp(unsigned mask);
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 
+extern int current_device;
+
 // Runs `body(closure)` once for every thread of every block; throws std::runtime_error for a misuse.
-void run(int64_t blocks, unsigned threads, size_t dynamic_bytes, void (*body)(const void*), const void* closure);
+void run(int64_t blocks, unsigned threads, size_t dynamic_bytes, void* stream, void (*body)(const void*),
+         const void* closure);
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, unsigned threads, size_t dynamic_bytes, A... arguments) {
+void launch(void (*kernel)(P...), int64_t blocks, unsigned threads, size_t dynamic_bytes, void* stream,
+            A... arguments) {
   using Call = std::pair<void (*)(P...), std::tuple<P...>>;
   const Call call(kernel, std::tuple<P...>(static_cast<P>(arguments)...));
   run(
-      blocks, threads, dynamic_bytes,
+      blocks, threads, dynamic_bytes, stream,
       [](const void* closure) {
         const Call& call = *static_cast<const Call*>(closure);
         std::apply(call.first, call.second);
@@ -252,24 +256,23 @@ struct cudaDeviceProp {
 };
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = 2;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::current_device;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  emulation::current_device = device;
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"emulated", 0, 0, 1, 0};
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {

@@ -30,6 +30,7 @@
 namespace emulation {
 
 unsigned thread_index, block_index, block_size, grid_size;
+int current_device = 0;
 
 namespace {
 
@@ -82,6 +83,8 @@ const void* closure;
 std::string wrong;
 int order = 0;  // of blocks and threads: 0 forward, 1 backward, else mixed by this seed
 int64_t n_launches = 0, n_blocks = 0;
+int device_of_last;
+void* stream_of_last;
 
 ucontext_t scheduler;
 [[maybe_unused]] void* scheduler_sanitizer;
@@ -322,7 +325,8 @@ void* dynamic_shared() {
   return dynamic_array;
 }
 
-void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void (*what)(const void*), const void* with) {
+void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void* stream, void (*what)(const void*),
+         const void* with) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (threads_of_each == 0 || threads_of_each % kWarp != 0 || threads_of_each > kMostThreads || dynamic > kMostShared)
     throw std::runtime_error("a launch of " + std::to_string(threads_of_each) + " threads with " +
@@ -339,6 +343,8 @@ void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void (*what)(
   dynamic_bytes = dynamic;
   arena_used = 0;
   body = what;
+  device_of_last = current_device;
+  stream_of_last = stream;
   closure = with;
   wrong.clear();
 #if FASTAPD_UNDER_THREAD
@@ -357,14 +363,23 @@ void run(int64_t blocks, unsigned threads_of_each, size_t dynamic, void (*what)(
 }  // namespace emulation
 
 // For tests, through ctypes.
-extern "C" {
-__attribute__((visibility("default"))) void fastapd_emulation_order(int order) {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void fastapd_emulation_order(int order) {
   emulation::order = order;
 }
-__attribute__((visibility("default"))) int fastapd_emulation_launches() {
+EXPORTED int fastapd_emulation_launches() {
   return static_cast<int>(emulation::n_launches);
 }
-__attribute__((visibility("default"))) int fastapd_emulation_blocks() {
+EXPORTED int fastapd_emulation_blocks() {
   return static_cast<int>(emulation::n_blocks);
 }
+EXPORTED int fastapd_emulation_current_device() {
+  return emulation::current_device;
+}
+EXPORTED int fastapd_emulation_device_of_last() {
+  return emulation::device_of_last;
+}
+EXPORTED unsigned long long fastapd_emulation_stream_of_last() {
+  return reinterpret_cast<unsigned long long>(emulation::stream_of_last);
 }
