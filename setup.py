@@ -228,6 +228,7 @@ class NinjaBuildExt(build_ext):
                 gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
                 nvcc = [self.nvcc, "-ccbin", self.cxx[0]] if len(self.cxx) == 1 else [self.nvcc]
                 flags = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *gencode]
+                flags += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
                 rule("nvcc", *nvcc, *flags, "$level", "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out")
                 # torch brings a libcudart of its own; the static one must not answer for it, nor the other way round.
                 hide = "-Xlinker=--exclude-libs,ALL"

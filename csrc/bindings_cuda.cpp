@@ -1,13 +1,59 @@
-// fastapd._C_cuda: addresses, ranges and streams in, CUDA's errors out as RuntimeError. No mathematics.
+// fastapd._C_cuda: a device, a stream, addresses and sizes in; the GIL released, the device made current, CUDA's errors
+// out as RuntimeError with the op's name. No mathematics.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+
 #include "cuda/device.h"
+#include "cuda/ops.h"
 
 namespace py = pybind11;
 using namespace fastapd::cuda;
 
 namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The first two arguments of every op: the device that the addresses are on, and the stream's handle.
+template <class... A>
+auto on_device(const char* op, void (*run)(Stream, A...)) {
+  return [op, run](int device, Address stream, A... arguments) {
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(device, op);
+    run(at<void>(stream), arguments...);
+  };
+}
+
+template <class T>
+void run_unit_norm(Stream stream, Address rows, int64_t n, int64_t d) {
+  unit_norm<T>(stream, at<T>(rows), n, d);
+}
+
+template <class T>
+void run_remove_along(Stream stream, Address grad, Address rows, int64_t n, int64_t d) {
+  remove_along<T>(stream, at<T>(grad), at<const T>(rows), n, d);
+}
+
+template <class T>
+void run_sum_loss(Stream stream, Address residual, Address target, Address loss, Address partials, int64_t n_instances,
+                  int64_t n) {
+  component_sum_loss<T>(stream, at<T>(residual), at<const T>(target), at<T>(loss), at<Acc<T>>(partials), n_instances,
+                        n);
+}
+
+template <class T>
+void bind_ops(py::module_& m, const std::string& dtype) {
+  const auto bind = [&](const char* op, auto run) { m.def((op + ("_" + dtype)).c_str(), on_device(op, run)); };
+  bind("unit_norm", &run_unit_norm<T>);
+  bind("remove_along", &run_remove_along<T>);
+  bind("component_sum_loss", &run_sum_loss<T>);
+}
 
 py::list device_dicts() {
   py::list dicts;
@@ -25,7 +71,14 @@ py::list device_dicts() {
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, m) {
-  m.doc() = "fastapd's CUDA code; imports without a driver and then reports no device.";
+  m.doc() = "fastapd's CUDA kernels; imports without a driver and then reports no device.";
+  m.attr("memory") = memory();
+  bind_ops<float>(m, "float32");
+  bind_ops<double>(m, "float64");
+  bind_ops<Half>(m, "float16");
+  bind_ops<BFloat16>(m, "bfloat16");
+  m.def("component_sum_loss_partials", &component_sum_loss_partials);
+  m.def("start_nothing", on_device("start_nothing", &start_nothing), "Raises why no kernel starts on a device.");
   m.def("device_count", &device_count, "Usable devices; 0 without a driver or a device.");
   m.def("unavailable_reason", &unavailable_reason, "CUDA's text for why no device can be used, or None when one can.");
   m.def("devices", &device_dicts, "A dict of name, capability, memory_bytes and multiprocessors for each device.");

@@ -11,6 +11,8 @@ from fastapd import _native, _triton, backends
 from fastapd._precision import precision
 from fastapd._rundir import environment
 
+CHOICE = f"chosen per call: the first of {', '.join(backends.BACKENDS)} that can run, unless a reason is given"
+
 
 def _examples(device: torch.device) -> dict[str, tuple[Any, ...]]:
     """Small float32 arguments for every row of the backend table."""
@@ -69,10 +71,12 @@ def lines() -> list[str]:
     else:
         archs = ", ".join(f"sm_{a}" for a in info.get("cuda_archs", []))
         found = cuda.module.unavailable_reason() or f"{cuda.module.device_count()} devices"
-        out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs}; device queries only so far; {found}")
+        n_ops = sum("cuda" in row for row in backends.TABLE.values())
+        kernels = f"kernels for {n_ops} of {len(backends.TABLE)} operations"
+        out.append(f"  _C_cuda  nvcc {info.get('cuda')}, {archs} and PTX of the newest, {kernels}; {found}")
     out.append(f"  triton   {_triton_line(env['triton'])}")
     forced = backends.forced_backends()
-    out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else 'chosen per call, first that can run'}"]
+    out += ["", f"backends  {'forced to ' + ', '.join(forced) if forced else CHOICE}"]
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     for device in devices:
         out.append(f"  float32 tensors on {device}")
@@ -95,10 +99,12 @@ def _triton_line(version: str | None) -> str:
 
 def _explained(op: str, args: tuple[Any, ...], forced: tuple[str, ...] | None) -> list[str]:
     reasons = backends.explain(op, *args)
-    order = forced or backends.BACKENDS
+    order, first = (forced, "") if forced else backends.order(op, *args)
     runs = next((b for b in order if not reasons[b]), "nothing")
     why_not = [f"{b}: {'; '.join(reasons[b])}" for b in backends.BACKENDS if reasons[b] and b in backends.TABLE[op]]
     absent = [b for b in backends.BACKENDS if b not in backends.TABLE[op]]
     if absent:
         why_not.append(f"{', '.join(absent)}: no implementation")
-    return [f"    {op:38s} {runs:10s} not {'; not '.join(why_not)}" if why_not else f"    {op:38s} {runs}"]
+    said = [f"first because {first}"] if first else []
+    said += [f"not {reason}" for reason in why_not]
+    return [f"    {op:38s} {runs:10s} {'; '.join(said)}".rstrip()]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastapd import _env, _native, _triton
+from fastapd import _cuda, _env, _native, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """All backends, fastest first: CUDA C++, Triton, CPU C++, plain PyTorch."""
@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_sum:component_sum",
     },
     "component_sum_loss": {
+        "cuda": "fastapd.ops._component_sum:cuda_component_sum_loss",
         "triton": "fastapd.kernels.component_sum:component_sum_loss",
         "cpu": "fastapd.ops._component_sum:cpu_component_sum_loss",
         "reference": "fastapd.reference.component_sum:component_sum_loss",
@@ -118,11 +119,13 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.thin_product:thin_product",
     },
     "unit_norm": {
+        "cuda": "fastapd.ops._unit_norm:cuda_unit_norm",
         "triton": "fastapd.kernels.unit_norm:unit_norm",
         "cpu": "fastapd.ops._unit_norm:cpu_unit_norm",
         "reference": "fastapd.reference.unit_norm:unit_norm",
     },
     "remove_along": {
+        "cuda": "fastapd.ops._unit_norm:cuda_remove_along",
         "triton": "fastapd.kernels.unit_norm:remove_along",
         "cpu": "fastapd.ops._unit_norm:cpu_remove_along",
         "reference": "fastapd.reference.unit_norm:remove_along",
@@ -141,12 +144,26 @@ LIMITS: dict[tuple[str, str], str] = {
 }
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 
+PREFERRED: dict[tuple[str, str], str] = {
+    ("component_sum_loss", "triton"): "fastapd.kernels.component_sum:preferred",
+}
+"""Where a backend that can run comes before the others of its row at some sizes: a function of the op's arguments that
+returns why, or "". Nothing is timed: rows and preferences follow the floors, bytes and launches, and then what
+`make gpu` has measured."""
+
 
 def _cuda_reasons(tensors: list[Tensor]) -> list[str]:
     native = _native.load("_C_cuda")
     if native.module is None:
         return [native.reason]
-    return [f"the tensors are on {t.device}, not on a CUDA device" for t in tensors[:1] if t.device.type != "cuda"]
+    first, wanted = tensors[0], "cuda" in (forced_backends() or ())
+    if first.device.type == "cuda" and not _cuda.is_emulated():
+        return list(_cuda.device_reasons(first.device.index))
+    # As Triton's interpreter: for CPU tensors when it is asked for by name.
+    if first.device.type == "cpu" and wanted and _cuda.is_emulated():
+        return []
+    why = f" ({no_device})" if wanted and (no_device := _cuda.no_device()) else ""
+    return [f"the tensors are on {first.device}, not on a CUDA device{why}"]
 
 
 # what the CPU kernels read as numbers, and whatever is no number to them: indices, counts, masks
@@ -232,6 +249,22 @@ def explain(op: str, *args: Any) -> dict[str, list[str]]:
     return {b: _reasons(op, b, args, tensors) if b in TABLE[op] else missing for b in BACKENDS}
 
 
+def _walk(op: str, args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[list[str], str]:
+    """The backends of an op in the order in which they are tried for these arguments, and why one came to the front."""
+    row = list(TABLE[op])
+    for name, backend in PREFERRED:
+        if name == op and not _reasons(op, backend, args, tensors) and (why := _load(PREFERRED[op, backend])(*args)):
+            return [backend, *(b for b in row if b != backend)], why
+    return row, ""
+
+
+def order(op: str, *args: Any) -> tuple[tuple[str, ...], str]:
+    """The backends in the order in which `choose` tries them on these arguments when none is forced, and, where the
+    size has brought one to the front of the table's row, why."""
+    names, why = _walk(op, args, _tensors(args))
+    return tuple(names), why
+
+
 _forced: tuple[str, ...] | None = None
 _environment_read = False
 
@@ -287,7 +320,7 @@ def choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     if len(tensors) < len(args):  # lists of tensors, or numbers
         tensors = _tensors(args)
     # a step of a small model on the CPU would feel the reasons of backends that never take its tensors
-    wanted = forced or (_CPU_ROWS[op] if tensors and tensors[0].is_cpu else row)
+    wanted = forced or (_CPU_ROWS[op] if tensors and tensors[0].is_cpu else _walk(op, args, tensors)[0])
     for backend in wanted:
         if backend in row and not _reasons(op, backend, args, tensors):
             return _load(row[backend])

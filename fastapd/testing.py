@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastapd import _cases, _env, backends, ops
+from fastapd import _cases, _cuda, _env, backends, ops
 from fastapd._cases import CASES as CASES
 from fastapd._cases import EPS as EPS
 from fastapd._cases import Case as Case
@@ -288,9 +288,9 @@ write into their arguments, given as they are with those arguments copied."""
 
 
 def cpu_backends(op: str) -> list[str]:
-    """The backends that exist for an op and run on CPU tensors, Triton's among them where its interpreter is on."""
-    names = ("triton", "cpu", "reference") if _env.triton_interprets() else ("cpu", "reference")
-    return [b for b in names if b in backends.TABLE[op]]
+    """The backends that exist for an op and run on CPU tensors: Triton's and CUDA's where they are emulated."""
+    emulated = {"triton": _env.triton_interprets(), "cuda": _cuda.is_emulated()}
+    return [b for b in backends.TABLE[op] if emulated.get(b, True)]
 
 
 def pairs(*names: str) -> list[tuple[str, str]]:

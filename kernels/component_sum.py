@@ -155,6 +155,13 @@ def _is_small(At: Tensor, B: Tensor) -> bool:
     return At.shape[2] * B.shape[2] <= SMALL["entries"] and At.shape[1] <= SMALL["ranks"]
 
 
+def preferred(A: Tensor, B: Tensor, target: Tensor) -> str:
+    """Why this kernel goes before one that needs the library's GEMM first, at the sizes where it does."""
+    ranks = A.shape[1] * A.shape[3]
+    small = target.shape[1] * target.shape[2] <= SMALL["entries"] and ranks <= SMALL["ranks"]
+    return "small: the product and the residual are one launch" if small else ""
+
+
 def _sum(op: str, At: Tensor, B: Tensor, target: Tensor | None, w: Tensor, total: Tensor | None) -> None:
     n_instances, n_rows, d_in = At.shape
     d_out = B.shape[2]

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,21 @@ import pytest
 import torch
 
 from fastapd import _native, backends, use_precision
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    """A module of tests/triton or tests/cuda, which are no packages: `triton/checked`, say."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if _setting := os.environ.get("FASTAPD_EMULATED_CUDA"):  # before anybody asks for the module
+    _load("cuda/emulated").install(_setting)
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +76,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         stack.enter_context(backends.use_backend(request.param))
         if request.param == "triton":
             stack.enter_context(use_precision("ieee"))
-            stack.enter_context(_load("checked").checked())
+            stack.enter_context(_load("triton/checked").checked())
         yield request.param
 
 
+HERE = Path(__file__).parent
+CHECK = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+INTERPRET = {"TRITON_INTERPRET": "1"}
+FAR = [*CHECK[:-2], str(HERE / "ops" / "test_contracts.py"), "-k", "triton and more_elements"]
+CUDA = str(HERE / "cuda")
+COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "cuda emulated": ([*CHECK, CUDA, "-k", "check_emulat"], {"FASTAPD_EMULATED_CUDA": "1"}),
+    "cuda sanitizers": ([*CHECK, CUDA, "-k", "check_sanitizers"], {}),
+    "triton interpreter": ([*CHECK, str(HERE / "triton")], INTERPRET),
+    "triton far": (FAR, INTERPRET),
+    **{f"triton sm_{sm}": ([str(HERE / "triton" / "compiled.py"), "--sm", str(sm)], {}) for sm in (80, 90, 100)},
+}
+"""What a lane runs with this Python, and with which settings."""
+
+
 class Lanes:
-    """Proofs of the Triton kernels in processes of their own, which run, one after another, beside other tests."""
+    """Proofs of the GPU kernels in processes of their own, which run, one after another, beside other tests."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -74,27 +104,20 @@ class Lanes:
         self._running: subprocess.Popen[str] | None = None
         self.said: list[str] = []
 
-    def start(self) -> None:
-        here = Path(__file__).parent
-        check = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider"]
-        interpret = {"TRITON_INTERPRET": "1"}
-        far = [*check, str(here / "ops" / "test_contracts.py"), "-k", "triton and more_elements"]
-        lanes = {"interpreter": ([*check, "-o", "python_files=check_*.py", str(here / "triton")], interpret)}
-        lanes["far"] = far, interpret
-        for sm in (80, 90, 100):
-            lanes[f"sm_{sm}"] = [str(here / "triton" / "compiled.py"), "--sm", str(sm)], {}
-        for name, (command, settings) in lanes.items():
-            self._done[name] = self._pool.submit(self._run, command, settings)
+    def start(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._done[name] = self._pool.submit(self._run, name, *COMMANDS[name])
 
-    def _run(self, command: list[str], settings: dict[str, str]) -> tuple[int, str]:
+    def _run(self, name: str, command: list[str], settings: dict[str, str]) -> tuple[int, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTAPD_", "TRITON_", "PYTEST_"))}
         env |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **settings}
         self._running = subprocess.Popen(
-            [sys.executable, "-P", *command], cwd=Path(__file__).parents[1], env=env, text=True, stdout=subprocess.PIPE,
+            [sys.executable, "-P", *command], cwd=HERE.parent, env=env, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         printed, _ = self._running.communicate()
-        self.said += [line for line in printed.splitlines() if line.startswith(("interpreted", "compiled"))]
+        counts = [line for line in printed.splitlines() if line.startswith(("interpreted", "compiled", "emulated"))]
+        self.said += [f"{name.split()[0]} {line}" for line in counts]
         return self._running.returncode, printed
 
     def result(self, name: str) -> tuple[int, str]:
@@ -110,36 +133,29 @@ class Lanes:
 LANES = Lanes()
 
 
+def _awaited(item: pytest.Item) -> str | None:
+    """The lane that a test waits for."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("lane") if callspec is not None and "lanes" in item.fixturenames else None  # type: ignore[attr-defined]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever waits for a lane comes last."""
-    items.sort(key=lambda item: "triton_lanes" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: _awaited(item) is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def triton_lanes(request: pytest.FixtureRequest) -> Iterator[Lanes]:
-    """The lanes, started with the first test if any test waits for them."""
-    if any(
-        item.originalname == "test_triton_lane" for item in request.session.items if isinstance(item, pytest.Function)
-    ):
-        LANES.start()
+def lanes(request: pytest.FixtureRequest) -> Iterator[Lanes]:
+    """The lanes that tests wait for, started with the first test."""
+    awaited = {_awaited(item) for item in request.session.items}
+    LANES.start(name for name in COMMANDS if name in awaited)
     yield LANES
     LANES.stop()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in LANES.said:
-        terminalreporter.write_line(f"triton {line}")
-
-
-@functools.cache
-def _load(name: str) -> Any:
-    """A module of tests/triton, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "triton" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -41,11 +41,11 @@ def run(command: list[str], settings: Mapping[str, str], timeout: int = 1800) ->
     return done.stdout
 
 
-@pytest.mark.parametrize("lane", ["interpreter", "far", "sm_80", "sm_90", "sm_100"])
-def test_triton_lane(triton_lanes, lane):
-    code, printed = triton_lanes.result(lane)
+@pytest.mark.parametrize("lane", ["triton interpreter", "triton far", "triton sm_80", "triton sm_90", "triton sm_100"])
+def test_triton_lane(lanes, lane):
+    code, printed = lanes.result(lane)
     assert code == 0, printed[-8000:]
-    if lane in ("interpreter", "far"):
+    if lane in ("triton interpreter", "triton far"):
         found = re.search(r"(\d+) passed", printed)
         assert found is not None
         assert int(found.group(1)) > 20, printed

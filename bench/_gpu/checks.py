@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench._gpu.card import Card, precision
-from fastapd import backends, testing
+from fastapd import _env, _native, backends, testing
 from fastapd.testing import Case
 
 TF32_ERROR = 5e-3
@@ -45,9 +45,10 @@ MESSAGES = 4
 
 
 def backends_of(op: str) -> list[str]:
-    """Those that have the op and can run on CUDA, fastest first."""
-    rows = backends.TABLE[op]
-    return [name for name in backends.BACKENDS if name in rows and name != "cpu"]
+    """Those that have the op and can run on CUDA, in the order of its row; CUDA C++ where it was built, and not in a
+    rehearsal, which has Triton's interpreter alone."""
+    absent = {"cpu"} | ({"cuda"} if _env.triton_interprets() or _native.load("_C_cuda").module is None else set())
+    return [name for name in backends.TABLE[op] if name not in absent]
 
 
 def cases(card: Card, quick: bool) -> list[Case]:

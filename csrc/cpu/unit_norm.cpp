@@ -1,7 +1,8 @@
 // Rows of unit length: a /= |a|, and the part of a gradient along its row removed: g -= (g . a) a. One pass over memory
 // each, the second read of a row comes from the cache; a thread owns whole rows. Sums are in T; a row whose squared
-// length leaves the range of T is done again in double, divided by its largest entry first.
+// length leaves the range of T is done again in double (row_length.h).
 #include "../ops.h"
+#include "../row_length.h"
 #include "parallel.h"
 
 namespace fastapd {
@@ -21,27 +22,22 @@ inline T dot(const T* a, const T* b, int64_t d) {
   return total;
 }
 
-inline bool in_range(float square) {
-  return square > 1e-30f && square < 1e30f;
-}
-inline bool in_range(double square) {
-  return square > 1e-200 && square < 1e200;
-}
-
-// Any row. The length itself may be beyond T, and is never formed: a /= largest, a /= |a|. A row with a NaN stays.
 template <class T>
 void unit_norm_of_any_size(T* a, int64_t d) {
   double largest = 0, square = 0;
+  bool nan = false;
   for (int64_t i = 0; i < d; ++i) {
     const double size = __builtin_fabs(static_cast<double>(a[i]));
-    if (size != size) return;
+    nan |= size != size;
     if (size > largest) largest = size;
   }
-  if (largest == 0) return;
-  if (largest <= __DBL_MAX__)  // beside an infinity all else is nothing, and it is itself undefined
+  if (stays(largest, nan)) return;
+  double rest = 1;
+  if (is_finite(largest)) {
     for (int64_t i = 0; i < d; ++i) square += (a[i] / largest) * (a[i] / largest);
-  const double norm = largest <= __DBL_MAX__ ? __builtin_sqrt(square) : 1;
-  for (int64_t i = 0; i < d; ++i) a[i] = static_cast<T>(a[i] / largest / norm);
+    rest = __builtin_sqrt(square);
+  }
+  for (int64_t i = 0; i < d; ++i) a[i] = static_cast<T>(divided(a[i], largest, rest));
 }
 
 }  // namespace

@@ -1,8 +1,4 @@
-#include "cuda/device.h"
-
-#include <cuda_runtime.h>
-
-#include <stdexcept>
+#include "cuda/launch.h"
 
 namespace fastapd::cuda {
 
@@ -16,7 +12,33 @@ cudaError_t count_devices(int* count) {
   return status;
 }
 
+__global__ void nothing_kernel() {}
+
 }  // namespace
+
+DeviceGuard::DeviceGuard(int device, const char* op) {
+  check(cudaGetDevice(&before_), op);
+  if (before_ == device)
+    before_ = -1;
+  else
+    check(cudaSetDevice(device), op);
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+const char* memory() {
+#ifdef __CUDACC__
+  return "cuda";
+#else
+  return "cpu";
+#endif
+}
+
+void start_nothing(Stream stream) {
+  launch("start_nothing", nothing_kernel, 1, static_cast<int>(kWarp), 0, stream);
+}
 
 void check(int status, const char* what) {
   if (status == cudaSuccess) return;

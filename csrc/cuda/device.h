@@ -1,4 +1,5 @@
-// What the machine's CUDA devices are. No CUDA header here: bindings_cuda.cpp is compiled by the C++ compiler.
+// What the machine's CUDA devices are, and which one is current. No CUDA header here: bindings_cuda.cpp is compiled by
+// the C++ compiler.
 #pragma once
 #include <cstddef>
 #include <optional>
@@ -6,6 +7,8 @@
 #include <vector>
 
 namespace fastapd::cuda {
+
+using Stream = void*;  // a cudaStream_t
 
 struct Device {
   std::string name;
@@ -16,6 +19,24 @@ struct Device {
 
 // Throws std::runtime_error "<what>: <CUDA's own text>" unless status, a cudaError_t, is cudaSuccess.
 void check(int status, const char* what);
+
+// Makes a device current for its life; what was current comes back, also after an error. Throws with the op's name.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* op);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+};
+
+// "cuda", or "cpu" in the emulation that tests build: whose memory the addresses are in.
+const char* memory();
+// Starts a kernel that does nothing on the current device and does not wait for it. Throws what CUDA says, such as that
+// there is no code for this device.
+void start_nothing(Stream stream);
 
 // 0 where there is no driver or no device; any other failure (a broken driver, say) throws.
 int device_count();

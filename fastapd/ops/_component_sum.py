@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastapd import _native
+from fastapd import _cuda, _native
 from fastapd.backends import choose
 from fastapd.ops import _check
 from fastapd.ops._op import define, outside_autocast, with_instances
@@ -102,6 +102,17 @@ def cpu_component_sum_loss(A: Tensor, B: Tensor, target: Tensor) -> tuple[Tensor
     run = native.component_sum_loss_float32 if A.dtype == torch.float32 else native.component_sum_loss_float64
     size = target.shape[1] * target.shape[2]
     run(residual.data_ptr(), target.data_ptr(), loss.data_ptr(), A.shape[0], size, torch.get_num_threads())
+    return loss, residual
+
+
+def cuda_component_sum_loss(A: Tensor, B: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The library's GEMM, then `csrc/cuda/component_sum.cu` turns the sum into the residual in place."""
+    native: Any = _native.load("_C_cuda").module
+    residual, target = torch.bmm(*_flat(A, B)), target.contiguous()
+    loss, size = A.new_empty(A.shape[0]), target.shape[1] * target.shape[2]
+    partials = _cuda.partial_sums(A, A.shape[0], native.component_sum_loss_partials(size))
+    arrays = [t.data_ptr() for t in (residual, target, loss, partials)]
+    _cuda.call("component_sum_loss", A, *arrays, A.shape[0], size)
     return loss, residual
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastapd import _native
+from fastapd import _cuda, _native
 from fastapd.ops import _check
 from fastapd.ops._op import define
 
@@ -29,6 +29,16 @@ def cpu_remove_along(grad: Tensor, rows: Tensor) -> None:
     d = rows.shape[-1]
     run(grad.data_ptr(), rows.data_ptr(), rows.numel() // max(d, 1), d, torch.get_num_threads())
     torch.autograd.graph.increment_version(grad)
+
+
+def cuda_unit_norm(rows: Tensor) -> None:
+    d = rows.shape[-1]
+    _cuda.call("unit_norm", rows, rows.data_ptr(), rows.numel() // max(d, 1), d)
+
+
+def cuda_remove_along(grad: Tensor, rows: Tensor) -> None:
+    d = rows.shape[-1]
+    _cuda.call("remove_along", grad, grad.data_ptr(), rows.data_ptr(), rows.numel() // max(d, 1), d)
 
 
 def _check_rows(op: str, **arguments: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastapd import ops, testing
+from fastapd import backends, ops, testing
 
 each_op = pytest.mark.parametrize("op", testing.OPS)
 every = pytest.mark.parametrize("op, backend", testing.pairs(*testing.OPS), indirect=["backend"])
@@ -241,7 +241,8 @@ def twice(op: str) -> tuple[Any, list[Tensor]]:
     t = At.contiguous()  # [2, 4, 4, 4]: A, B and, without its components, x, mask, scores and target
     counts = torch.tensor([[1, 0, 2, 3], [4, 1, 1, 0]])
     x = t[:, 0]
-    selection = ops.batch_topk(x, 7)
+    with backends.use_backend("reference"):  # that of the test may have no kernel for this one
+        selection = ops.batch_topk(x, 7)
     functions = {
         "component_sum": lambda t: ops.component_sum(t, t),
         "component_sum_loss": lambda t: ops.component_sum_loss(t, t, t[:, 0])[0],

@@ -1,0 +1,157 @@
+"""Every CUDA kernel against the reference, compiled for the CPU; `tests/test_cuda.py` runs this file.
+
+By hand: FASTAPD_EMULATED_CUDA=1 python -m pytest tests/cuda/check_emulated.py
+
+`check_sanitizers.py` runs the cases of QUICK again on kernels that are compiled with sanitizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastapd import _native, backends, testing
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+QUICK = (
+    testing.Case("few", 2, 5, 3, 2, 5, 6, n_outputs=3, k=1.5, tied=True),
+    testing.Case("over", 1, 18, 17, 9, 33, 20, n_outputs=17, k=1.0),  # one more than fits a warp, on every axis
+    testing.Case("tiles", 2, 3, 2, 2, 131, 67, n_outputs=2, k=1.0),  # several blocks an instance, the last one not full
+)
+CUDA = [op for op in testing.OPS if "cuda" in backends.TABLE[op]]
+module: Any = _native.load("_C_cuda").module
+PROVED: set[tuple[str, torch.dtype]] = set()
+
+
+def names(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+every = pytest.mark.parametrize("op", CUDA)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=names)
+cases = pytest.mark.parametrize("case", [*QUICK, *testing.CASES.values()], ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def on_cuda_alone(poisoned_memory: None, chosen_backend: None) -> Iterator[None]:
+    with backends.use_backend("cuda"):
+        yield
+
+
+def answer(op: str, args: Any) -> tuple[testing.Answer, list[torch.Tensor] | None]:
+    """Outputs, and gradients where the op has any; what has no CUDA kernel is left to the reference."""
+    cotangents = None
+    if testing._OPS[op].differentiable:
+        cotangents = testing.random_cotangents(testing.reference(op, args).outputs)
+    before = module.controls.fastapd_emulation_launches()
+    outputs = testing.run(op, args).outputs  # by a CUDA kernel or not at all
+    empty = not any(t.numel() for t in outputs)
+    assert empty or module.controls.fastapd_emulation_launches() > before, "no kernel was started"
+    if cotangents is None:
+        return testing.Answer(outputs, []), None
+    with backends.use_backend("cuda", "reference"):
+        return testing.run(op, args, cotangents), cotangents
+
+
+def assert_matches(op: str, args: Any) -> testing.Answer:
+    found, cotangents = answer(op, args)
+    grads = None if cotangents is None else found.grads
+    testing.assert_matches_reference(op, found.outputs, args, "cuda", grads=grads, cotangents=cotangents)
+    PROVED.add((op, next(t.dtype for t in testing.tensors_of(args) if t.is_floating_point())))
+    return found
+
+
+@cases
+@dtypes
+@every
+def test_kernels_match_the_reference(op, dtype, case):
+    assert_matches(op, testing.inputs(op, case, dtype))
+
+
+@pytest.fixture
+def order() -> Iterator[Any]:
+    """`order(n)`: in which order blocks and threads run; 0 forward, 1 backward, else mixed by this seed."""
+    yield module.controls.fastapd_emulation_order
+    module.controls.fastapd_emulation_order(0)
+
+
+@cases
+@every
+def test_kernels_do_not_depend_on_the_order_of_threads(op, case, order):
+    args = testing.inputs(op, case)
+    forward = answer(op, args)[0]
+    for other in (1, 7, 1000003):
+        order(other)
+        testing.assert_bit_equal(answer(op, args)[0], forward)
+
+
+# --------------------------------------------------------------- routes that the sizes of the shared cases do not take
+
+
+@dtypes
+def test_rows_of_any_size_and_scale(dtype):
+    """Longer than a block, and with squares beyond the dtype's range, which are done again in double."""
+    limits = torch.finfo(dtype)
+    for d in (1, 31, 32, 33, 300):
+        rows = testing.inputs("unit_norm", testing.Case("", 1, 1, 7, 5, d, 1, n_outputs=1), dtype)[0]
+        for row, scale in enumerate(
+            (limits.max / 8, limits.tiny * 8, limits.smallest_normal, 0.0, torch.nan, torch.inf)
+        ):
+            rows[0, row] *= scale
+        assert_matches("unit_norm", (rows,))
+
+
+def test_calls_go_to_their_device_and_stream_and_leave_the_current_device_alone():
+    rows, controls = torch.ones(3, 4), module.controls
+    controls.fastapd_emulation_stream_of_last.restype = ctypes.c_uint64
+    for device, stream in ((1, 0x7F0012345678), (0, 5)):
+        module.unit_norm_float32(device, stream, rows.data_ptr(), 3, 4)
+        assert controls.fastapd_emulation_device_of_last() == device
+        assert controls.fastapd_emulation_stream_of_last() == stream
+        assert controls.fastapd_emulation_current_device() == 0
+    with pytest.raises(RuntimeError, match=r"^unit_norm: the problem must fit"):
+        module.unit_norm_float32(1, 0, 0, 1 << 40, 1)
+    assert controls.fastapd_emulation_current_device() == 0, "also after an error"
+    with pytest.raises(RuntimeError, match=r"^unit_norm: invalid device ordinal$"):
+        module.unit_norm_float32(2, 0, 0, 0, 0)
+
+
+def test_calls_let_other_threads_of_python_run():
+    rows, began, ended = torch.ones(4000, 64), [], []
+
+    def call() -> None:
+        began.append(True)
+        module.unit_norm_float32(0, 0, rows.data_ptr(), 4000, 64)
+        ended.append(True)
+
+    thread, seen = threading.Thread(target=call), 0
+    thread.start()
+    while not ended:
+        seen += bool(began)
+        time.sleep(0)
+    thread.join()
+    assert seen > 50, "a few between the note and the call, thousands during it"
+
+
+def test_more_blocks_than_a_grid_holds_are_refused():
+    with pytest.raises(RuntimeError, match=r"^unit_norm: the problem must fit into 2\*\*31 - 1 blocks, got \d+; split"):
+        module.unit_norm_float32(0, 0, 0, 1 << 40, 1)
+
+
+def test_every_function_of_the_module_is_a_row_of_the_table():
+    bound = {name.removesuffix("_float32") for name in dir(module) if name.endswith("_float32")}
+    assert bound == {op for op, row in backends.TABLE.items() if "cuda" in row}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def say_what_was_proved() -> Iterator[None]:
+    yield
+    n_dtypes = len({dtype for _, dtype in PROVED})
+    blocks = module.controls.fastapd_emulation_blocks()
+    print(f"\nemulated {len(PROVED)} pairs of op and dtype: {len(CUDA)} ops x {n_dtypes} dtypes, {blocks} blocks")
