@@ -11,10 +11,10 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export OMP_WAIT_POLICY := passive
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all lint bench gpu sanitize-gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## decompose a small network and write its report
 	@echo "demo: running fastapd demo"
@@ -46,6 +46,15 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu: ## build, check and time everything on a GPU (9 minutes; keeps the results); without one it says so
 	@echo "gpu: running bench/gpu.py with $(GPU_PYTHON)"
 	@$(GPU_PYTHON) -P bench/gpu.py $(ARGS)
+
+# torch's own allocator would hide what is read beside a tensor
+sanitize-gpu: ## every CUDA C++ kernel on a GPU under compute-sanitizer (minutes); without one it says so
+	@if ! $(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+	echo "sanitize-gpu: torch finds no CUDA device, so nothing was run"; \
+	else for tool in memcheck racecheck initcheck synccheck; do \
+	echo "sanitize-gpu: running every CUDA kernel under $$tool"; \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -P -m pytest -q \
+	-rs -p no:cacheprovider tests/cuda/check_on_card.py || exit 1; done; fi
 
 clean: ## remove what these targets and the build made, .venv included
 	@echo "clean: removing $(VENV), build products and caches"

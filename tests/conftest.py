@@ -96,12 +96,12 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
 
 
 class Lanes:
-    """Proofs of the GPU kernels in processes of their own, which run, one after another, beside other tests."""
+    """Proofs of the GPU kernels in processes of their own, two at a time, which run beside other tests."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
         self._done: dict[str, Future[tuple[int, str]]] = {}
-        self._running: subprocess.Popen[str] | None = None
+        self._running: set[subprocess.Popen[str]] = set()
         self.said: list[str] = []
 
     def start(self, names: Iterable[str]) -> None:
@@ -111,14 +111,16 @@ class Lanes:
     def _run(self, name: str, command: list[str], settings: dict[str, str]) -> tuple[int, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTAPD_", "TRITON_", "PYTEST_"))}
         env |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **settings}
-        self._running = subprocess.Popen(
+        running = subprocess.Popen(
             [sys.executable, "-P", *command], cwd=HERE.parent, env=env, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        printed, _ = self._running.communicate()
+        self._running.add(running)
+        printed, _ = running.communicate()
+        self._running.discard(running)
         counts = [line for line in printed.splitlines() if line.startswith(("interpreted", "compiled", "emulated"))]
         self.said += [f"{name.split()[0]} {line}" for line in counts]
-        return self._running.returncode, printed
+        return running.returncode, printed
 
     def result(self, name: str) -> tuple[int, str]:
         """The exit status of a lane and what it printed, once it has ended."""
@@ -126,8 +128,8 @@ class Lanes:
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._running is not None:
-            self._running.kill()
+        for running in tuple(self._running):
+            running.kill()
 
 
 LANES = Lanes()
