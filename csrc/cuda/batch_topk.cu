@@ -74,13 +74,13 @@ __device__ inline Floor<Key<T>> floor_of(BlockTeam& team, const T* scores, unsig
   floor.key = threshold_of<K>(team, n_samples, get, rank);
   Three n{};
   for (unsigned i = team.rank(); i < n_samples; i += team.size()) {
-    n.at[0] += keys[i] > floor.key;
-    n.at[1] += keys[i] == floor.key;
+    n.a += keys[i] > floor.key;
+    n.b += keys[i] == floor.key;
   }
   n = team.sums(n);
-  if (n.at[0] + n.at[1] > rank) {  // of equal scores the first
+  if (n.a + n.b > rank) {  // of equal scores the first
     const auto first = [&](unsigned i) { return keys[i] == floor.key ? ~i : 0; };
-    const unsigned last = ~threshold_of<unsigned>(team, n_samples, first, rank - n.at[0]);
+    const unsigned last = ~threshold_of<unsigned>(team, n_samples, first, rank - n.a);
     floor.flat = place_of_sample(last < n_samples ? last : n_samples - 1, n_samples, n_scores);
   }
   return floor;

@@ -47,7 +47,7 @@ __device__ inline Acc<T> value_of(Key<T> key) {
 // --------------------------------------------------------------------------------------------------------------- teams
 
 struct Three {
-  unsigned at[3];
+  unsigned a, b, c;
 };
 
 __device__ inline unsigned lanes_below() {
@@ -71,8 +71,7 @@ struct WarpTeam {
   __device__ unsigned size() const { return kWarp; }
   __device__ void meet() const { __syncwarp(); }
   __device__ Three sums(Three x) {
-    for (unsigned& n : x.at) n = __reduce_add_sync(kAllLanes, n);
-    return x;
+    return {__reduce_add_sync(kAllLanes, x.a), __reduce_add_sync(kAllLanes, x.b), __reduce_add_sync(kAllLanes, x.c)};
   }
   template <class K>
   __device__ K most(K x) {
@@ -92,14 +91,14 @@ class BlockTeam {
   __device__ void meet() const { __syncthreads(); }
   __device__ Three sums(Three x) {
     uint64_t* of_warps = turn();
-    for (unsigned j = 0; j < 3; ++j) {
-      const unsigned n = __reduce_add_sync(kAllLanes, x.at[j]);
-      if (lane() == 0) of_warps[j * kWarp + warp()] = n;
+    x = {__reduce_add_sync(kAllLanes, x.a), __reduce_add_sync(kAllLanes, x.b), __reduce_add_sync(kAllLanes, x.c)};
+    if (lane() == 0) {
+      of_warps[warp()] = x.a;
+      of_warps[kWarp + warp()] = x.b;
+      of_warps[2 * kWarp + warp()] = x.c;
     }
     __syncthreads();
-    for (unsigned j = 0; j < 3; ++j)
-      x.at[j] = __reduce_add_sync(kAllLanes, lane() < n_warps() ? static_cast<unsigned>(of_warps[j * kWarp + lane()]) : 0);
-    return x;
+    return {sum_of_warps(of_warps), sum_of_warps(of_warps + kWarp), sum_of_warps(of_warps + 2 * kWarp)};
   }
   template <class K>
   __device__ K most(K x) {
@@ -124,6 +123,9 @@ class BlockTeam {
   __device__ unsigned lane() const { return threadIdx.x % kWarp; }
   __device__ unsigned warp() const { return threadIdx.x / kWarp; }
   __device__ unsigned n_warps() const { return blockDim.x / kWarp; }
+  __device__ unsigned sum_of_warps(const uint64_t* of_warps) const {
+    return __reduce_add_sync(kAllLanes, lane() < n_warps() ? static_cast<unsigned>(of_warps[lane()]) : 0);
+  }
   __device__ uint64_t* turn() {
     second_ = !second_;
     return memory_ + (second_ ? kExchange / 2 : 0);
@@ -134,7 +136,7 @@ class BlockTeam {
 
 template <class Team>
 __device__ inline unsigned sum_of(Team& team, unsigned x) {
-  return team.sums({{x, 0, 0}}).at[0];
+  return team.sums({x, 0, 0}).a;
 }
 
 // ----------------------------------------------------------------------------------------------------------- threshold
@@ -154,21 +156,31 @@ __device__ inline K threshold_of(Team& team, unsigned n, const Get& get, unsigne
   if (need >= n) return low;
   while (low < high) {
     const K width = high - low, quarter = width / 4 + (width % 4 != 0);
-    K probe[3];
-    for (unsigned j = 0; j < 3; ++j) probe[j] = (j + 1) * quarter <= width ? low + (j + 1) * quarter : high;
+    const K first = low + quarter, second = 2 * quarter <= width ? low + 2 * quarter : high,
+            third = 3 * quarter <= width ? low + 3 * quarter : high;
     Three reach{};
 #pragma unroll 4
     for (unsigned i = team.rank(); i < n; i += team.size()) {
       const K key = get(i);
-      for (unsigned j = 0; j < 3; ++j) reach.at[j] += key >= probe[j];
+      reach.a += key >= first;
+      reach.b += key >= second;
+      reach.c += key >= third;
     }
     reach = team.sums(reach);
-    for (unsigned j = 0; j < 3; ++j) {
-      if (reach.at[j] == need) return probe[j];
-      if (reach.at[j] > need) low = probe[j];
+    if (reach.a == need) return first;
+    if (reach.b == need) return second;
+    if (reach.c == need) return third;
+    if (reach.c > need) {
+      low = third;
+    } else if (reach.b > need) {
+      low = second;
+      high = third - 1;
+    } else if (reach.a > need) {
+      low = first;
+      high = second - 1;
+    } else {
+      high = first - 1;
     }
-    for (unsigned j = 3; j-- > 0;)
-      if (reach.at[j] < need) high = probe[j] - 1;
   }
   return low;
 }
