@@ -213,7 +213,6 @@ __global__ void __launch_bounds__(kMostFewThreads)
     select(n, kept, [&](unsigned i) { return plan.samples == 0 ? i : flats[i]; });
   else
     select(n_scores, [&](unsigned i) { return key_of(scores[i]); }, [&](unsigned i) { return i; });
-  __syncthreads();
   group_in_block(team, lists.of(instance, s), s, chosen, wanted, words, before);
 }
 

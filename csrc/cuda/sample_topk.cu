@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(kMostSmallThreads)
   for (unsigned b = warp; b < s.batch; b += n_warps)
     take_row(team, scores + int64_t{b} * n_components, n_components, k, keys + warp * n_components,
              [&](unsigned c, unsigned place) { chosen[b * k + place] = b * n_components + c; });
-  __syncthreads();
   group_in_block(block, lists.of(blockIdx.x, s), s, chosen, static_cast<unsigned>(s.n_pairs), words,
                  words + topk_words(s));
 }

@@ -282,8 +282,8 @@ __device__ inline unsigned first_not_below(unsigned n, const Get& get, unsigned 
   return low;
 }
 
-// Fills an instance's lists from the flat indices of its pairs, ascending, in shared memory. `words` and `before` are
-// shared memory for a number of each word.
+// Fills an instance's lists from the flat indices of its pairs, ascending, in shared memory, where `words` and `before`
+// have room for a number of each word. What is `chosen` may have been written just before: a barrier comes first.
 __device__ inline void group_in_block(BlockTeam& team, const TopkLists& lists, const TopkSizes& s,
                                       const unsigned* chosen, unsigned wanted, unsigned* words, unsigned* before) {
   const unsigned n_components = static_cast<unsigned>(s.n_components), batch = static_cast<unsigned>(s.batch),

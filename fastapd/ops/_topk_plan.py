@@ -1,4 +1,4 @@
-"""How the CUDA kernels of top-k go through the scores: pure functions of sizes, so that a captured graph fits all scores.
+"""How the CUDA kernels of top-k go through scores: pure functions of sizes, so that a captured graph fits all scores.
 
 The routes are in `csrc/cuda/batch_topk.cu` and `csrc/cuda/sample_topk.cu`; here are the sizes at which each is taken.
 """
@@ -33,6 +33,9 @@ WARPS, LEAST = 32, 256
 STORED = 8
 """Survivors are kept if they are expected to be at most this part of the scores."""
 
+SEGMENT = 64
+"""Places that each part's segment of survivors has besides four times the mean."""
+
 LISTED = 1 << 14
 """The least places of the list of candidates."""
 
@@ -65,7 +68,7 @@ def _words(batch: int, n_components: int) -> int:
 
 def _threads(n: int) -> int:
     """Eight numbers a thread."""
-    return min(1024, max(128, 1 << max(n - 1, 1).bit_length() - 3))
+    return min(1024, max(128, (1 << (n - 1).bit_length()) // 8))
 
 
 def plan(shape: Sequence[int], n_pairs: int, of_double: bool, processors: int, shared_bytes: int) -> Plan:
@@ -100,16 +103,14 @@ def plan(shape: Sequence[int], n_pairs: int, of_double: bool, processors: int, s
     stored = STORED * survivors <= n_scores
     between = rank - max(0, int(expected - margin))
     most = math.ceil((between + 6 * math.sqrt(between) + 10) * n_scores / samples)
-    return Plan(
-        0, samples, n_parts, part_scores, min(part_scores, _ceil(4 * survivors / n_parts + 64, 16)) if stored else 0,
-        min(n_scores, max(LISTED, most)), 0,
-    )  # fmt: skip
+    room = min(part_scores, _ceil(4 * survivors / n_parts + SEGMENT, 16)) if stored else 0
+    return Plan(0, samples, n_parts, part_scores, room, min(n_scores, max(LISTED, most)), 0)
 
 
 def sample_plan(shape: Sequence[int], k: int, of_double: bool, row: int) -> tuple[int, int]:
     """Whether one block takes an instance [b, C], for samples of at most so many scores, and its threads."""
     _, batch, n_components = shape
-    threads = 32 * min(16, max(4, 1 << (batch - 1).bit_length() - 2 if batch > 4 else 4))
+    threads = 32 * min(16, max(4, (1 << (batch - 1).bit_length()) // 4))
     n_bytes = (8 if of_double else 4) * threads // 32 * n_components + 4 * k * batch + 8 * _words(batch, n_components)
     small = batch * n_components <= SMALL and n_components <= row and n_bytes + STATIC <= 96 << 10
     return int(small), threads
