@@ -536,9 +536,10 @@ void batch_topk(Stream stream, const T* scores, const int64_t* counts, T* thresh
                 int* component, int64_t* sample_offsets, int* position, void* workspace, TopkSizes s, TopkPlan plan) {
   const char* op = "batch_topk";
   const TopkLists lists{sample, offsets, component, sample_offsets, position};
-  const Carved<T> w(workspace, s, plan);
+  const size_t zeroed = static_cast<size_t>(Carved<T>(nullptr, s, plan).zeroed);
   if (!plan.few || plan.samples != 0)
-    check(cudaMemsetAsync(workspace, 0, static_cast<size_t>(w.zeroed), static_cast<cudaStream_t>(stream)), op);
+    check(cudaMemsetAsync(workspace, 0, zeroed, static_cast<cudaStream_t>(stream)), op);
+  const Carved<T> w(workspace, s, plan);
   if (plan.few) {
     const size_t bytes = (sizeof(Key<T>) + (plan.samples == 0 ? 0 : sizeof(unsigned))) * plan.room +
                          sizeof(unsigned) * (s.n_pairs + 2 * topk_words(s));

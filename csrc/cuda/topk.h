@@ -7,6 +7,9 @@
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/reduce.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastapd::cuda {
 
@@ -360,14 +363,20 @@ void group_topk(const char* op, Stream stream, const int64_t* counts, const Topk
 
 // ----------------------------------------------------------------------------------------------------------- workspace
 
-// Gives out one piece of memory after another; of no memory, says how much is needed.
+// Gives out one piece of memory after another; of no memory, says how much is needed. For the address sanitizer of tests
+// pieces end where they end.
 class Carver {
  public:
   explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <class T>
   T* take(int64_t n) {
     char* at = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    used_ += (bytes + 15) / 16 * 16;
+#ifdef __SANITIZE_ADDRESS__
+    used_ += 64;
+    if (at != nullptr) __asan_poison_memory_region(at + bytes, static_cast<size_t>(memory_ + used_ - at - bytes));
+#endif
     return reinterpret_cast<T*>(at);
   }
   int64_t used() const { return used_; }

@@ -213,7 +213,7 @@ def places_of_samples(n_samples: int, n_scores: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=names)
-@pytest.mark.parametrize("wrong", ["too few", "too many"])
+@pytest.mark.parametrize("wrong", ["too_few", "too_many"])
 @pytest.mark.parametrize("route", ["few", "many"])
 def test_topk_is_exact_where_the_sample_is_misleading(route, wrong, dtype, topk_sizes):
     """The sample has the largest scores, and fewer than K survive; or the smallest, and more than there is room for."""
@@ -224,11 +224,11 @@ def test_topk_is_exact_where_the_sample_is_misleading(route, wrong, dtype, topk_
     rank = int(expected + 6 * expected**0.5 + 4)
     sampled = places_of_samples(plan.samples, n_scores)
     scores = torch.rand(shape[0], n_scores, dtype=dtype)
-    scores[:, sampled] += 2 if wrong == "too few" else -2
-    survivors = rank if wrong == "too few" else n_scores - plan.samples + rank
+    scores[:, sampled] += 2 if wrong == "too_few" else -2
+    survivors = rank if wrong == "too_few" else n_scores - plan.samples + rank
     floor = scores[:, sampled].sort(descending=True).values[:, rank - 1 : rank]
     assert (scores >= floor).sum(1).tolist() == [survivors] * shape[0]
-    assert survivors < k if wrong == "too few" else survivors > (plan.room if plan.few else plan.listed)
+    assert survivors < k if wrong == "too_few" else survivors > (plan.room if plan.few else plan.listed)
     assert_matches("batch_topk_warm", (scores.view(shape), scores[:, 0].clone(), k))
 
 
