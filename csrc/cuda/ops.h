@@ -25,8 +25,8 @@ template <class T>
 void component_sum_loss(Stream stream, T* residual, const T* target, T* loss, Acc<T>* partials, int64_t n_instances,
                         int64_t n);
 
-// What is the same for all kernels of one top-k: scores [I, b, C] of fewer than 2**31 numbers an instance, and the places
-// of each instance's lists.
+// What is the same for all kernels of one top-k: scores [I, b, C] of fewer than 2**31 numbers an instance, and the
+// places of each instance's lists.
 struct TopkSizes {
   int64_t n_instances, batch, n_components, n_pairs;
 };
@@ -47,7 +47,8 @@ struct TopkPlan {
 // [I, K] are those of Selection. Workspace of topk_workspace<T> bytes. No size but that of an instance is 0.
 template <class T>
 void batch_topk(Stream stream, const T* scores, const int64_t* counts, T* thresholds, int* sample, int64_t* offsets,
-                int* component, int64_t* sample_offsets, int* position, void* workspace, TopkSizes sizes, TopkPlan plan);
+                int* component, int64_t* sample_offsets, int* position, void* workspace, TopkSizes sizes,
+                TopkPlan plan);
 template <class T>
 int64_t topk_workspace(TopkSizes sizes, TopkPlan plan);
 

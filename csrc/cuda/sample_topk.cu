@@ -105,8 +105,8 @@ void sample_topk(Stream stream, const T* scores, int* sample, int64_t* offsets, 
   const TopkGroup group = carve_group(first, second, s);
   const int64_t n_rows = s.n_instances * s.batch, n_warps = kRowThreads / kWarp;
   if (s.n_components <= kTopkRow)
-    launch(op, rows_kernel<T>, ceil_div(n_rows, n_warps), kRowThreads, sizeof(Key<T>) * n_warps * s.n_components, stream,
-           scores, lists, group, s, k);
+    launch(op, rows_kernel<T>, ceil_div(n_rows, n_warps), kRowThreads, sizeof(Key<T>) * n_warps * s.n_components,
+           stream, scores, lists, group, s, k);
   else
     launch(op, long_rows_kernel<T>, n_rows, kRowThreads, 0, stream, scores, lists, group, s, k);
   group_topk(op, stream, nullptr, lists, group, s);

@@ -1,8 +1,9 @@
-// What top-k kernels share: scores as integers in the contract's order, the threshold among them, and lists by component.
+// What top-k kernels share: scores as integers in the contract's order, the threshold among them, and lists by
+// component.
 //
-// A key is unsigned, of 32 bits, of 64 for double; NaN, however its bits are, is the highest and zeros of both signs are
-// one; 0 is below the key of every score. A team is a block or a warp: all of its threads call what takes one. Counts
-// are integers, so nothing depends on the order of threads.
+// A key is unsigned, of 32 bits, of 64 for double; NaN, however its bits are, is the highest and zeros of both signs
+// are one; 0 is below the key of every score. A team is a block or a warp: all of its threads call what takes one.
+// Counts are integers, so nothing depends on the order of threads.
 #pragma once
 #include "cuda/launch.h"
 #include "cuda/ops.h"
@@ -215,8 +216,8 @@ __device__ inline K least_of(Team& team, unsigned n, const Get& get, K threshold
   return static_cast<K>(~team.most(static_cast<K>(~least)));
 }
 
-// take(i, place) for each selected of n keys, place counting them in order. Each thread has a stretch of the keys, of an
-// odd length: in shared memory the threads of a warp then read from different banks.
+// take(i, place) for each selected of n keys, place counting them in order. Each thread has a stretch of the keys, of
+// an odd length: in shared memory the threads of a warp then read from different banks.
 template <class K, class Team, class Get, class Take>
 __device__ inline void take_in_order(Team& team, unsigned n, const Get& get, Limit<K> limit, const Take& take) {
   const unsigned stretch = ((n + team.size() - 1) / team.size()) | 1;
@@ -325,8 +326,8 @@ __device__ inline void group_in_block(BlockTeam& team, const TopkLists& lists, c
         b < batch ? first_not_below(wanted, [&](unsigned i) { return chosen[i]; }, b * n_components) : wanted;
 }
 
-// Whether this block is the last of an instance's n_blocks to come here; `done` was 0 at first. What others wrote before
-// they came is then there to read.
+// Whether this block is the last of an instance's n_blocks to come here; `done` was 0 at first. What others wrote
+// before they came is then there to read.
 __device__ inline bool is_last_block(unsigned* done, unsigned n_blocks) {
   FASTAPD_SHARED(unsigned, came, 1);
   __threadfence();
@@ -363,8 +364,8 @@ void group_topk(const char* op, Stream stream, const int64_t* counts, const Topk
 
 // ----------------------------------------------------------------------------------------------------------- workspace
 
-// Gives out one piece of memory after another; of no memory, says how much is needed. For the address sanitizer of tests
-// pieces end where they end.
+// Gives out one piece of memory after another; of no memory, says how much is needed. For the address sanitizer of
+// tests pieces end where they end.
 class Carver {
  public:
   explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -1,13 +1,13 @@
 // The component-major list of top-k and both lists' offsets, from a bit for each score and the sample-major list.
 //
-//     words    a block owns a tile of the words of bits and counts, for each, the bits before it in the tile; the last of
-//              an instance sums up the tiles
-//     assign   a thread owns a pair, a component and a sample: the pair's place in the component-major list is the number
-//              of bits before its own, a component's offset that before its first word, and a sample's is found in the
-//              sample-major list by bisection
+//     words    a block owns a tile of the words of bits and counts, for each, the bits before it in the tile; the last
+//              of an instance sums up the tiles
+//     assign   a thread owns a pair, a component and a sample: the pair's place in the component-major list is the
+//              number of bits before its own, a component's offset that before its first word, and a sample's is found
+//              in the sample-major list by bisection
 //
-// Nothing is sorted, so the time is that of N / 32 words and of K pairs whatever their number. Where pairs are fewer than
-// words by far, a sort of the pairs would touch less memory. Integers alone; bits repeat.
+// Nothing is sorted, so the time is that of N / 32 words and of K pairs whatever their number. Where pairs are fewer
+// than words by far, a sort of the pairs would touch less memory. Integers alone; bits repeat.
 #include "cuda/topk.h"
 
 namespace fastapd::cuda {

@@ -201,7 +201,7 @@ def test_topk_does_not_depend_on_the_order_of_threads(route, kind, topk_sizes, o
 
 
 def places_of_samples(n_samples: int, n_scores: int) -> torch.Tensor:
-    """`place_of_sample` of csrc/cuda/batch_topk.cu."""
+    """`place_of_sample` of csrc/cuda/topk_floor.h."""
     found = []
     for i in range(n_samples):
         begin, end = i * n_scores // n_samples, (i + 1) * n_scores // n_samples

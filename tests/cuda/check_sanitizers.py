@@ -80,7 +80,7 @@ PLANTED = {
             "heap-buffer-overflow",
         ),
         "room-of-the-list": (
-            "batch_topk.cu",
+            "topk_many.cu",
             "if (in && place < listed) {",
             "if (in && place <= listed) {",
             "misleading and many and too_many and float32",
