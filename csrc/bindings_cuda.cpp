@@ -48,11 +48,46 @@ void run_sum_loss(Stream stream, Address residual, Address target, Address loss,
 }
 
 template <class T>
+void run_topk(Stream stream, Address scores, Address counts, Address thresholds, Address sample, Address offsets,
+              Address component, Address sample_offsets, Address position, Address workspace, int64_t n_instances,
+              int64_t batch, int64_t n_components, int64_t n_pairs, int64_t few, int64_t samples, int64_t n_parts,
+              int64_t part_scores, int64_t room, int64_t listed, int64_t threads) {
+  batch_topk<T>(stream, at<const T>(scores), at<const int64_t>(counts), at<T>(thresholds), at<int>(sample),
+                at<int64_t>(offsets), at<int>(component), at<int64_t>(sample_offsets), at<int>(position),
+                at<void>(workspace), {n_instances, batch, n_components, n_pairs},
+                {few, samples, n_parts, part_scores, room, listed, threads});
+}
+
+int64_t workspace_of_topk(bool of_double, int64_t n_instances, int64_t batch, int64_t n_components, int64_t n_pairs,
+                          int64_t few, int64_t samples, int64_t n_parts, int64_t part_scores, int64_t room,
+                          int64_t listed, int64_t threads) {
+  const TopkSizes sizes{n_instances, batch, n_components, n_pairs};
+  const TopkPlan plan{few, samples, n_parts, part_scores, room, listed, threads};
+  return of_double ? topk_workspace<double>(sizes, plan) : topk_workspace<float>(sizes, plan);
+}
+
+template <class T>
+void run_sample_topk(Stream stream, Address scores, Address sample, Address offsets, Address component,
+                     Address sample_offsets, Address position, Address workspace, int64_t n_instances, int64_t batch,
+                     int64_t n_components, int64_t n_pairs, int64_t k, int64_t small, int64_t threads) {
+  sample_topk<T>(stream, at<const T>(scores), at<int>(sample), at<int64_t>(offsets), at<int>(component),
+                 at<int64_t>(sample_offsets), at<int>(position), at<void>(workspace),
+                 {n_instances, batch, n_components, n_pairs}, k, small, threads);
+}
+
+int64_t workspace_of_sample_topk(int64_t n_instances, int64_t batch, int64_t n_components, int64_t n_pairs,
+                                 int64_t small) {
+  return sample_topk_workspace({n_instances, batch, n_components, n_pairs}, small);
+}
+
+template <class T>
 void bind_ops(py::module_& m, const std::string& dtype) {
   const auto bind = [&](const char* op, auto run) { m.def((op + ("_" + dtype)).c_str(), on_device(op, run)); };
   bind("unit_norm", &run_unit_norm<T>);
   bind("remove_along", &run_remove_along<T>);
   bind("component_sum_loss", &run_sum_loss<T>);
+  for (const char* op : {"batch_topk", "batch_topk_warm", "batch_topk_counts"}) bind(op, &run_topk<T>);
+  bind("sample_topk", &run_sample_topk<T>);
 }
 
 py::list device_dicts() {
@@ -78,6 +113,9 @@ PYBIND11_MODULE(_C_cuda, m) {
   bind_ops<Half>(m, "float16");
   bind_ops<BFloat16>(m, "bfloat16");
   m.def("component_sum_loss_partials", &component_sum_loss_partials);
+  m.def("batch_topk_workspace", &workspace_of_topk);
+  m.def("sample_topk_workspace", &workspace_of_sample_topk);
+  m.attr("sample_topk_row") = kTopkRow;
   m.def("start_nothing", on_device("start_nothing", &start_nothing), "Raises why no kernel starts on a device.");
   m.def("device_count", &device_count, "Usable devices; 0 without a driver or a device.");
   m.def("unavailable_reason", &unavailable_reason, "CUDA's text for why no device can be used, or None when one can.");

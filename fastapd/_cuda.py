@@ -67,3 +67,13 @@ def call(op: str, on: Tensor, *args: Any) -> None:
 def partial_sums(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised memory for sums in what kernels compute in: float64 for float64, float32 for all else."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+@functools.cache
+def card(index: int | None) -> tuple[int, int]:
+    """How many multiprocessors a CUDA device has, and how many bytes of shared memory a block may have on it; an H200's
+    for None."""
+    if index is None:
+        return 132, 227 << 10
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

@@ -70,21 +70,25 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.attribution_tangent:attribution_tangent_backward",
     },
     "batch_topk": {
+        "cuda": "fastapd.ops._batch_topk:cuda_batch_topk",
         "triton": "fastapd.kernels.batch_topk:batch_topk",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk",
         "reference": "fastapd.reference.batch_topk:batch_topk",
     },
     "batch_topk_warm": {
+        "cuda": "fastapd.ops._batch_topk:cuda_batch_topk_warm",
         "triton": "fastapd.kernels.batch_topk:batch_topk_warm",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_warm",
         "reference": "fastapd.reference.batch_topk:batch_topk_warm",
     },
     "batch_topk_counts": {
+        "cuda": "fastapd.ops._batch_topk:cuda_batch_topk_counts",
         "triton": "fastapd.kernels.batch_topk:batch_topk_counts",
         "cpu": "fastapd.ops._batch_topk:cpu_batch_topk_counts",
         "reference": "fastapd.reference.batch_topk:batch_topk_counts",
     },
     "sample_topk": {
+        "cuda": "fastapd.ops._batch_topk:cuda_sample_topk",
         "triton": "fastapd.kernels.batch_topk:sample_topk",
         "cpu": "fastapd.ops._batch_topk:cpu_sample_topk",
         "reference": "fastapd.reference.batch_topk:sample_topk",

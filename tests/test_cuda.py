@@ -12,6 +12,7 @@ and here: what nvcc made for cards that are not there, and what the module says 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ import pytest
 import torch
 
 from fastapd import _cuda, _info, _native, backends, testing
+from fastapd.ops import _topk_plan
 
 TESTS = Path(__file__).parent
 NATIVE = _native.load("_C_cuda")
@@ -74,6 +76,13 @@ def test_cuda_passes_the_tests_of_the_ops():
     assert re.search(r"\d+ passed", printed)
     assert "skipped" not in printed.splitlines()[-1], printed
     print(printed)
+
+
+@needs_gxx
+@pytest.mark.slow
+def test_cuda_emulated_in_full():
+    lane = ["-o", "python_files=check_*.py", str(TESTS / "cuda"), "-k", "check_emulated", "-m", "slow"]
+    assert re.search(r"\d+ passed", in_full(*lane, settings={"FASTAPD_EMULATED_CUDA": "1"}))
 
 
 @needs_gxx
@@ -257,6 +266,43 @@ def test_cuda_preferences_name_functions_that_exist():
         assert backend in backends.TABLE[op]
         if backend != "triton" or importlib.util.find_spec("triton"):
             assert callable(backends._load(backends.PREFERRED[op, backend]))
+
+
+H200, A100, L40 = (132, 227 << 10), (108, 163 << 10), (142, 99 << 10)
+
+
+def test_cuda_plans_of_topk_fit_the_cards_and_the_kernels():
+    """What csrc/cuda/batch_topk.cu takes for granted, for all sizes."""
+    sizes = [1, 2, 31, 33, 100, 500, 1000, 4096, 30000, 100000]
+    routes = set()
+    for batch, n_components, n_instances, card in itertools.product(sizes, sizes, (1, 3, 500), (H200, A100, L40)):
+        n_scores = batch * n_components
+        if n_scores >= 2**31:
+            continue
+        for k, of_double in itertools.product({1, batch, n_scores // 8, n_scores // 3, n_scores}, (False, True)):
+            if not 0 < k <= n_scores:
+                continue
+            p = _topk_plan.plan((n_instances, batch, n_components), k, of_double, *card)
+            routes.add((p.few, p.samples == 0, p.room == 0))
+            assert p.samples == 0 if p.few and p.n_parts == 1 else p.samples > 0
+            assert p.n_parts * p.part_scores >= n_scores
+            if p.few:
+                flats, words = (0 if p.samples == 0 else 4), n_components * -(-batch // 32)
+                n_bytes = ((8 if of_double else 4) + flats) * p.room + 4 * k + 8 * words
+                assert n_bytes + 2 * 3 * 32 * 8 + 4 * 257 + 1024 + 16 <= card[1]
+                assert p.threads % 32 == 0
+                assert 64 <= p.threads <= 1024
+                assert p.room >= max(k, p.samples)
+                if p.samples:
+                    assert p.n_parts <= min(256, p.threads)
+                    assert p.part_scores % p.threads == 0
+                    assert p.part_scores <= p.room
+            else:
+                assert p.n_parts % 32 == 0
+                assert p.part_scores % 32 == 0
+                assert p.samples * (8 if of_double else 4) <= 32 << 10
+                assert p.listed <= n_scores
+    assert routes == {(1, True, False), (1, False, False), (0, False, False), (0, False, True)}
 
 
 @needs_nvcc

@@ -25,4 +25,39 @@ template <class T>
 void component_sum_loss(Stream stream, T* residual, const T* target, T* loss, Acc<T>* partials, int64_t n_instances,
                         int64_t n);
 
+// What is the same for all kernels of one top-k: scores [I, b, C] of fewer than 2**31 numbers an instance, and the
+// places of each instance's lists.
+struct TopkSizes {
+  int64_t n_instances, batch, n_components, n_pairs;
+};
+
+// How the scores of an instance are gone through, in csrc/cuda/batch_topk.cu; from fastapd/ops/_topk_plan.py.
+struct TopkPlan {
+  int64_t few;          // 1: one kernel, whose last block has all survivors in shared memory; 0: five kernels
+  int64_t samples;      // scores that the floor is taken from; 0: no floor, all survive
+  int64_t n_parts;      // of an instance: a block's each if few, else a warp's
+  int64_t part_scores;  // of each part but the last
+  int64_t room;         // survivors that there is memory for: of the instance if few, else of a part
+  int64_t listed;       // candidates that there is memory for, unless few
+  int64_t threads;      // of a block, if few
+};
+
+// The n_pairs largest of each instance's scores, or counts [I] of them, if it is not null; thresholds [I], if not null,
+// get the smallest of them. sample [I, K], offsets [I, C + 1], component [I, K], sample_offsets [I, b + 1] and position
+// [I, K] are those of Selection. Workspace of topk_workspace<T> bytes. No size but that of an instance is 0.
+template <class T>
+void batch_topk(Stream stream, const T* scores, const int64_t* counts, T* thresholds, int* sample, int64_t* offsets,
+                int* component, int64_t* sample_offsets, int* position, void* workspace, TopkSizes sizes,
+                TopkPlan plan);
+template <class T>
+int64_t topk_workspace(TopkSizes sizes, TopkPlan plan);
+
+// The k largest of each sample, n_pairs = k * batch of each instance; one launch with so many threads if `small`, for
+// which scores of a sample are at most kTopkRow. Workspace of sample_topk_workspace bytes.
+constexpr int64_t kTopkRow = 1024;
+template <class T>
+void sample_topk(Stream stream, const T* scores, int* sample, int64_t* offsets, int* component, int64_t* sample_offsets,
+                 int* position, void* workspace, TopkSizes sizes, int64_t k, int64_t small, int64_t threads);
+int64_t sample_topk_workspace(TopkSizes sizes, int64_t small);
+
 }  // namespace fastapd::cuda

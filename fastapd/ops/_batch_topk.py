@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastapd import _native
-from fastapd.ops import _check
+from fastapd import _cuda, _native
+from fastapd.ops import _check, _topk_plan
 from fastapd.ops._op import define, with_instances
 
 if TYPE_CHECKING:
@@ -130,6 +130,66 @@ def cpu_sample_topk(scores: Tensor, k: int) -> tuple[Tensor, ...]:
 
 def cpu_batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
     return _cpu_select(scores, capacity, counts.contiguous())
+
+
+def _cuda_select(
+    op: str, scores: Tensor, n_pairs: int, counts: Tensor | None = None, thresholds: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Allocates the selection and lets `csrc/cuda/batch_topk.cu` fill it."""
+    out = _grouped_fake(scores, n_pairs)
+    if n_pairs == 0 or scores.numel() == 0:
+        return _of_nothing(out, n_pairs)
+    scores = scores.contiguous()
+    device = _cuda.card(scores.device.index)
+    plan = _topk_plan.plan(scores.shape, n_pairs, scores.dtype == torch.float64, *device)
+    native: Any = _native.load("_C_cuda").module
+    n_bytes = native.batch_topk_workspace(scores.dtype == torch.float64, *scores.shape, n_pairs, *plan)
+    workspace = scores.new_empty(n_bytes, dtype=torch.uint8)
+    counts = None if counts is None else counts.contiguous()
+    optional = (0 if t is None else t.data_ptr() for t in (counts, thresholds))
+    arrays = [scores.data_ptr(), *optional, *(t.data_ptr() for t in out), workspace.data_ptr()]
+    _cuda.call(op, scores, *arrays, *scores.shape, n_pairs, *plan)
+    return out
+
+
+def _of_nothing(lists: tuple[Tensor, ...], n_pairs: int) -> tuple[Tensor, ...]:
+    """The lists of no pairs, or of no instances."""
+    if n_pairs == 0:
+        lists[1].zero_()
+        lists[3].zero_()
+    return lists
+
+
+def cuda_batch_topk(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    return _cuda_select("batch_topk", scores, n_pairs)
+
+
+def cuda_batch_topk_warm(scores: Tensor, hint: Tensor, n_pairs: int) -> tuple[Tensor, ...]:
+    """The hint is the threshold if there are no pairs, which is all that it is for."""
+    if n_pairs == 0 or scores.numel() == 0:
+        return *_cuda_select("batch_topk_warm", scores, n_pairs), hint.clone()
+    thresholds = scores.new_empty(scores.shape[0])
+    return *_cuda_select("batch_topk_warm", scores, n_pairs, thresholds=thresholds), thresholds
+
+
+def cuda_batch_topk_counts(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    return _cuda_select("batch_topk_counts", scores, capacity, counts)
+
+
+def cuda_sample_topk(scores: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Allocates the selection and lets `csrc/cuda/sample_topk.cu` fill it."""
+    n_pairs = k * scores.shape[1]
+    out = _grouped_fake(scores, n_pairs)
+    if n_pairs == 0 or scores.numel() == 0:
+        return _of_nothing(out, n_pairs)
+    scores = scores.contiguous()
+    native: Any = _native.load("_C_cuda").module
+    small, threads = _topk_plan.sample_plan(scores.shape, k, scores.dtype == torch.float64, native.sample_topk_row)
+    n_bytes = native.sample_topk_workspace(*scores.shape, n_pairs, small)
+    workspace = scores.new_empty(n_bytes, dtype=torch.uint8)
+    arrays = [scores.data_ptr(), *(t.data_ptr() for t in out), workspace.data_ptr()]
+    _cuda.call("sample_topk", scores, *arrays, *scores.shape, n_pairs, k, small, threads)
+    return out
 
 
 def _batch_fake(scores: Tensor, n_pairs: int) -> tuple[Tensor, ...]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from fastapd import _native, backends, testing
+from fastapd.ops import _topk_plan
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 QUICK = (
@@ -51,7 +52,7 @@ def answer(op: str, args: Any) -> tuple[testing.Answer, list[torch.Tensor] | Non
         cotangents = testing.random_cotangents(testing.reference(op, args).outputs)
     before = module.controls.fastapd_emulation_launches()
     outputs = testing.run(op, args).outputs  # by a CUDA kernel or not at all
-    empty = not any(t.numel() for t in outputs)
+    empty = not any(t.numel() for t in outputs) or not all(t.numel() for t in testing.tensors_of(args))
     assert empty or module.controls.fastapd_emulation_launches() > before, "no kernel was started"
     if cotangents is None:
         return testing.Answer(outputs, []), None
@@ -118,6 +119,148 @@ def test_calls_go_to_their_device_and_stream_and_leave_the_current_device_alone(
     with pytest.raises(RuntimeError, match=r"^unit_norm: the problem must fit"):
         module.unit_norm_float32(1, 0, 0, 1 << 40, 1)
     assert controls.fastapd_emulation_current_device() == 0, "also after an error"
+
+
+def longest(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.rand(shape).flatten(1).sort().values.view(shape)
+
+
+TOPK_SCORES = {
+    "random": torch.randn,
+    "few values": lambda shape: torch.randint(-2, 3, shape).float(),
+    "all equal": lambda shape: torch.zeros(shape).copysign(torch.randn(shape)),  # -0 and 0
+    "mostly zero": lambda shape: torch.rand(shape) * (torch.rand(shape) < 0.01),
+    "NaN": lambda shape: torch.randn(shape).masked_fill(torch.rand(shape) < 0.04, -torch.nan),
+    "infinite": lambda shape: torch.randn(shape).masked_fill(torch.rand(shape) < 0.04, torch.inf).log(),
+    "of every scale": lambda shape: torch.randn(shape).mul(30).exp(),
+    "denormal": lambda shape: torch.randint(-9, 9, shape) * 1e-45,
+    "the last": longest,
+}
+FEW_TOPK = {"DIRECT": 0, "SAMPLES": ((1 << 31, 64),), "PART": 256}
+MANY_TOPK = {"DIRECT": 0, "SAMPLES": ((1 << 31, 256),), "WORDS": 0, "LEAST": 32, "SEGMENT": 0, "LISTED": 0}
+TOPK_ROUTES = {
+    "direct": ({}, (2, 37, 13), (1, 40, 480, 481)),
+    "few": (FEW_TOPK, (2, 71, 23), (1, 40, 200)),
+    "many": (MANY_TOPK, (2, 230, 11), (20,)),
+    "many, not stored": (MANY_TOPK, (1, 230, 11), (400, 2530)),
+}
+
+
+@pytest.fixture
+def topk_sizes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`topk_sizes(route)`: as if the route's scores were as many as those that take it; returns their shape and Ks."""
+
+    def lower(route: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        constants, shape, ks = TOPK_ROUTES[route]
+        for name, value in constants.items():
+            monkeypatch.setattr(_topk_plan, name, value)
+        n_scores = shape[1] * shape[2]
+        for k in ks:
+            plan = _topk_plan.plan(shape, k, False, 132, 227 << 10)
+            assert (plan.few, plan.samples == 0) == (int(not route.startswith("many")), route == "direct")
+            assert plan.n_parts > 1 or route == "direct"
+            assert (plan.room == 0) == (route == "many, not stored")
+            assert n_scores % plan.part_scores != 0 or route == "direct", "the last part is not full"
+        return shape, ks
+
+    return lower
+
+
+def topk_kinds(routes: Iterable[Any], quick: Sequence[str]) -> pytest.MarkDecorator:
+    """`route, dtype, kind`: in every run some scores, in float32, and one kind in each dtype; the rest is slow."""
+    return pytest.mark.parametrize(
+        "route, dtype, kind",
+        [
+            pytest.param(
+                route, dtype, kind, id=f"{route}-{names(dtype)}-{kind}",
+                marks=() if kind == quick[0] or (kind in quick and dtype == torch.float32) else pytest.mark.slow,
+            )
+            for route in routes for dtype in DTYPES for kind in TOPK_SCORES
+        ],
+    )  # fmt: skip
+
+
+@topk_kinds(TOPK_ROUTES, ("few values", "NaN", "of every scale"))
+def test_topk_takes_every_route(route, dtype, kind, topk_sizes):
+    shape, ks = topk_sizes(route)
+    scores = TOPK_SCORES[kind](shape).to(dtype)
+    for k in ks:
+        assert_matches("batch_topk_warm", (scores, torch.full(shape[:1], torch.nan, dtype=dtype), k))
+    assert_matches("batch_topk_counts", (scores, torch.tensor([ks[-1], 0][: shape[0]])))
+
+
+@pytest.mark.parametrize("kind", ["few values", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("route", ["few", "many"])
+def test_topk_does_not_depend_on_the_order_of_threads(route, kind, topk_sizes, order):
+    shape, ks = topk_sizes(route)
+    args = TOPK_SCORES[kind](shape), ks[-1]
+    forward = answer("batch_topk", args)[0]
+    for other in (1, 7, 1000003):
+        order(other)
+        testing.assert_bit_equal(answer("batch_topk", args)[0], forward)
+
+
+def places_of_samples(n_samples: int, n_scores: int) -> torch.Tensor:
+    """`place_of_sample` of csrc/cuda/topk_floor.h."""
+    found = []
+    for i in range(n_samples):
+        begin, end = i * n_scores // n_samples, (i + 1) * n_scores // n_samples
+        noise = i * 0x45D9F3B & 0xFFFFFFFF
+        noise = (noise ^ noise >> 16) * 0x45D9F3B & 0xFFFFFFFF
+        noise ^= noise >> 16
+        found.append(begin + (noise * (end - begin) >> 32))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=names)
+@pytest.mark.parametrize("wrong", ["too_few", "too_many"])
+@pytest.mark.parametrize("route", ["few", "many"])
+def test_topk_is_exact_where_the_sample_is_misleading(route, wrong, dtype, topk_sizes):
+    """The sample has the largest scores, and fewer than K survive; or the smallest, and more than there is room for."""
+    shape, _ = topk_sizes(route)
+    n_scores, k = shape[1] * shape[2], 80 if route == "few" else 250
+    plan = _topk_plan.plan(shape, k, dtype == torch.float64, 132, 227 << 10)
+    expected = k * plan.samples / n_scores
+    rank = int(expected + 6 * expected**0.5 + 4)
+    sampled = places_of_samples(plan.samples, n_scores)
+    scores = torch.rand(shape[0], n_scores, dtype=dtype)
+    scores[:, sampled] += 2 if wrong == "too_few" else -2
+    survivors = rank if wrong == "too_few" else n_scores - plan.samples + rank
+    floor = scores[:, sampled].sort(descending=True).values[:, rank - 1 : rank]
+    assert (scores >= floor).sum(1).tolist() == [survivors] * shape[0]
+    assert survivors < k if wrong == "too_few" else survivors > (plan.room if plan.few else plan.listed)
+    assert_matches("batch_topk_warm", (scores.view(shape), scores[:, 0].clone(), k))
+
+
+def test_topk_reads_again_what_a_segment_has_no_room_for(topk_sizes):
+    shape, _ = topk_sizes("many")
+    k = 20
+    plan = _topk_plan.plan(shape, k, False, 132, 227 << 10)
+    assert k > plan.room > 0
+    assert plan.part_scores > plan.room
+    scores = torch.rand(shape).flatten(1)
+    for at in (0, plan.part_scores * 3, scores.shape[1] - plan.part_scores):  # a part with more than it has room for
+        some = scores.clone()
+        some[:, at : at + plan.part_scores] += 1
+        assert_matches("batch_topk", (some.view(shape), k))
+
+
+SAMPLE_ROUTES = {"small": (2, 37, 13), "rows": (2, 37, 70), "long": (2, 3, 1100)}
+
+
+@topk_kinds(SAMPLE_ROUTES, ("few values", "NaN", "of every scale"))
+def test_sample_topk_takes_every_route(route, dtype, kind, monkeypatch):
+    shape = SAMPLE_ROUTES[route]
+    monkeypatch.setattr(_topk_plan, "SMALL", 500)
+    small, _ = _topk_plan.sample_plan(shape, 3, False, module.sample_topk_row)
+    assert bool(small) == (route == "small")
+    assert (shape[2] > module.sample_topk_row) == (route == "long")
+    scores = TOPK_SCORES[kind](shape).to(dtype)
+    for k in (1, 3, shape[2]):
+        assert_matches("sample_topk", (scores, k))
+
+
+def test_an_unknown_device_is_an_error_with_the_name_of_the_op():
     with pytest.raises(RuntimeError, match=r"^unit_norm: invalid device ordinal$"):
         module.unit_norm_float32(2, 0, 0, 0, 0)
 

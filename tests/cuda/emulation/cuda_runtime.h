@@ -57,6 +57,8 @@ void fence();
 // Every lane of the warp gives 8 bytes; returns those that lane `from` gave.
 uint64_t exchange(uint64_t mine, unsigned from);
 unsigned ballot(bool mine);
+// The sum of what all lanes of the warp give.
+unsigned sum(unsigned mine);
 // Refuses all masks but that of all lanes.
 void whole_warp(unsigned mask);
 // The block's memory for one array, named by its key; or all of its dynamic memory.
@@ -145,6 +147,11 @@ inline int __any_sync(unsigned mask, int predicate) {
 }
 inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == ~0u;
+}
+
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {  // from sm_80 on
+  emulation::whole_warp(mask);
+  return emulation::sum(value);
 }
 
 // Atomics order nothing but themselves, as on a card. Integers alone.

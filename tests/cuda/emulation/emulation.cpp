@@ -40,8 +40,8 @@ constexpr size_t kMostShared = 227 << 10;  // of a block, on sm_90 and sm_100
 // An address that a thread of one block has used is not new to the thread sanitizer, so there no two blocks share one.
 constexpr size_t kArenaBytes = FASTAPD_UNDER_THREAD ? size_t{1} << 32 : size_t{1} << 20;
 
-enum class Wait { kNothing, kSyncThreads, kSyncWarp, kShuffle, kBallot };
-constexpr const char* kNames[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle", "a ballot"};
+enum class Wait { kNothing, kSyncThreads, kSyncWarp, kShuffle, kBallot, kSum };
+constexpr const char* kNames[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle", "a ballot", "a sum"};
 
 struct Fiber {
   ucontext_t context;
@@ -206,7 +206,7 @@ unsigned meet(Wait kind, uint64_t mine) {
 std::string stuck() {
   std::string said = "block " + std::to_string(block_index) + " cannot go on: " + std::to_string(n_left) + " of its " +
                      std::to_string(block_size) + " threads have returned";
-  for (int kind = 1; kind <= int(Wait::kBallot); ++kind) {
+  for (int kind = 1; kind <= int(Wait::kSum); ++kind) {
     unsigned n = 0;
     for (unsigned t = 0; t < block_size; ++t) n += !threads[t].left && int(threads[t].waits) == kind;
     if (n > 0) said += ", " + std::to_string(n) + " wait at " + kNames[kind];
@@ -301,6 +301,13 @@ unsigned ballot(bool mine) {
   for (unsigned lane = 0; lane < kWarp; ++lane)
     bits |= static_cast<unsigned>(warps[thread_index / kWarp].given[buffer][lane]) << lane;
   return bits;
+}
+
+unsigned sum(unsigned mine) {
+  const unsigned buffer = meet(Wait::kSum, mine);
+  unsigned total = 0;
+  for (uint64_t given : warps[thread_index / kWarp].given[buffer]) total += static_cast<unsigned>(given);
+  return total;
 }
 
 void whole_warp(unsigned mask) {
