@@ -81,6 +81,40 @@ int64_t workspace_of_sample_topk(int64_t n_instances, int64_t batch, int64_t n_c
 }
 
 template <class T>
+void run_svdvals(Stream stream, Address At, Address B, Address values, Address grams, Address scales,
+                 int64_t n_instances, int64_t n_components, int64_t rank, int64_t d_in, int64_t d_out,
+                 int most_in_warp) {
+  component_svdvals<T>(stream, at<const T>(At), at<const T>(B), at<double>(values), at<double>(grams),
+                       at<double>(scales), {n_instances, n_components, rank, d_in, d_out}, most_in_warp);
+}
+
+constexpr char kSchatten[] = "schatten", kFactored[] = "schatten_factored", kAccumulate[] = "schatten_accumulate";
+
+template <class T, const char* kOp>
+void run_schatten(Stream stream, bool exact, Address At, Address B, Address counts, double p, double eps, int64_t batch,
+                  double scale, bool accumulate, Address loss, Address grad_At, Address grad_B, Address grams,
+                  Address scales, Address partials, int64_t n_instances, int64_t n_components, int64_t rank,
+                  int64_t d_in, int64_t d_out, int most_in_warp) {
+  const fastapd::SchattenSizes sizes = {n_instances, n_components, rank, d_in, d_out};
+  if (exact)
+    schatten<T>(kOp, stream, at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, scale,
+                accumulate, at<T>(loss), at<T>(grad_At), at<T>(grad_B), at<double>(grams), at<double>(scales),
+                at<double>(partials), sizes, most_in_warp);
+  else
+    schatten_factored<T>(kOp, stream, at<const T>(At), at<const T>(B), at<const int64_t>(counts), p, eps, batch, scale,
+                         accumulate, at<T>(loss), at<T>(grad_At), at<T>(grad_B), at<double>(partials), sizes);
+}
+
+template <class T>
+void run_masked(Stream stream, Address At, Address B, Address mask, double p, double eps, int64_t batch, Address loss,
+                Address grad_At, Address grad_B, Address grad_mask, Address norms, Address to_S, Address partials,
+                int64_t n_instances, int64_t n_components, int64_t rank, int64_t d_in, int64_t d_out) {
+  schatten_masked<T>("schatten_factored_masked", stream, at<const T>(At), at<const T>(B), at<const T>(mask), p, eps,
+                     batch, at<T>(loss), at<T>(grad_At), at<T>(grad_B), at<T>(grad_mask), at<double>(norms),
+                     at<double>(to_S), at<double>(partials), {n_instances, n_components, rank, d_in, d_out});
+}
+
+template <class T>
 void bind_ops(py::module_& m, const std::string& dtype) {
   const auto bind = [&](const char* op, auto run) { m.def((op + ("_" + dtype)).c_str(), on_device(op, run)); };
   bind("unit_norm", &run_unit_norm<T>);
@@ -88,6 +122,11 @@ void bind_ops(py::module_& m, const std::string& dtype) {
   bind("component_sum_loss", &run_sum_loss<T>);
   for (const char* op : {"batch_topk", "batch_topk_warm", "batch_topk_counts"}) bind(op, &run_topk<T>);
   bind("sample_topk", &run_sample_topk<T>);
+  bind("component_svdvals", &run_svdvals<T>);
+  bind("schatten", &run_schatten<T, kSchatten>);
+  bind("schatten_factored", &run_schatten<T, kFactored>);
+  bind("schatten_accumulate", &run_schatten<T, kAccumulate>);
+  bind("schatten_factored_masked", &run_masked<T>);
 }
 
 py::list device_dicts() {
@@ -116,6 +155,10 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("batch_topk_workspace", &workspace_of_topk);
   m.def("sample_topk_workspace", &workspace_of_sample_topk);
   m.attr("sample_topk_row") = kTopkRow;
+  m.def("schatten_masked_parts", [](int64_t n_components, int64_t batch) {
+    const MaskedParts parts = schatten_masked_parts(n_components, batch);
+    return py::make_tuple(parts.batch, parts.across);
+  });
   m.def("start_nothing", on_device("start_nothing", &start_nothing), "Raises why no kernel starts on a device.");
   m.def("device_count", &device_count, "Usable devices; 0 without a driver or a device.");
   m.def("unavailable_reason", &unavailable_reason, "CUDA's text for why no device can be used, or None when one can.");

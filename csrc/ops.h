@@ -12,6 +12,8 @@
 #pragma once
 #include <cstdint>
 
+#include "schatten.h"
+
 namespace fastapd {
 
 struct Selection {
@@ -101,10 +103,6 @@ struct ThinProduct {
   bool accumulate;
   int64_t n_instances, m, n, k;
   int64_t a_stride_i, a_stride_m, a_stride_k, b_stride_i, b_stride_k, b_stride_n;
-};
-
-struct SchattenSizes {
-  int64_t n_instances, n_components, rank, d_in, d_out;
 };
 
 struct ForwardSizes {

@@ -94,26 +94,31 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.batch_topk:sample_topk",
     },
     "component_svdvals": {
+        "cuda": "fastapd.ops._batched_svd_cuda:cuda_component_svdvals",
         "triton": "fastapd.kernels.batched_svd:component_svdvals",
         "cpu": "fastapd.ops._batched_svd:cpu_component_svdvals",
         "reference": "fastapd.reference.batched_svd:component_svdvals",
     },
     "schatten": {
+        "cuda": "fastapd.ops._batched_svd_cuda:cuda_schatten",
         "triton": "fastapd.kernels.batched_svd:schatten",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten",
         "reference": "fastapd.reference.batched_svd:schatten",
     },
     "schatten_factored": {
+        "cuda": "fastapd.ops._batched_svd_cuda:cuda_schatten_factored",
         "triton": "fastapd.kernels.batched_svd:schatten_factored",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored",
         "reference": "fastapd.reference.batched_svd:schatten_factored",
     },
     "schatten_accumulate": {
+        "cuda": "fastapd.ops._batched_svd_cuda:cuda_schatten_accumulate",
         "triton": "fastapd.kernels.batched_svd:schatten_accumulate",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_accumulate",
         "reference": "fastapd.reference.batched_svd:schatten_accumulate",
     },
     "schatten_factored_masked": {
+        "cuda": "fastapd.ops._batched_svd_cuda:cuda_schatten_factored_masked",
         "triton": "fastapd.kernels.batched_svd:schatten_factored_masked",
         "cpu": "fastapd.ops._batched_svd:cpu_schatten_factored_masked",
         "reference": "fastapd.reference.batched_svd:schatten_factored_masked",
@@ -142,6 +147,9 @@ _CPU_ROWS = {op: [b for b in row if b not in ("cuda", "triton")] for op, row in 
 LIMITS: dict[tuple[str, str], str] = {
     ("attribution_reduce", "cpu"): "fastapd.ops._attribution_reduce:cpu_limits",
     ("attribution_reduce_backward", "cpu"): "fastapd.ops._attribution_reduce:cpu_backward_limits",
+    ("component_svdvals", "cuda"): "fastapd.ops._batched_svd_cuda:limits",
+    ("schatten", "cuda"): "fastapd.ops._batched_svd_cuda:limits",
+    ("schatten_accumulate", "cuda"): "fastapd.ops._batched_svd_cuda:accumulate_limits",
     ("component_svdvals", "triton"): "fastapd.kernels.batched_svd:limits",
     ("schatten", "triton"): "fastapd.kernels.batched_svd:limits",
     ("schatten_accumulate", "triton"): "fastapd.kernels.batched_svd:accumulate_limits",

@@ -10,6 +10,7 @@
 // form: sigma_i^2 is replaced by |a_i|^2 |b_i|^2; two reads of the factors. All sums are in float64. A thread owns one
 // component; the sum over components is taken in order afterwards.
 #include "../ops.h"
+#include "../schatten.h"
 #include "parallel.h"
 #include "svd_lanes.h"
 
@@ -36,14 +37,6 @@ inline double largest(const T* a, int64_t n) {
     if (!(v <= most)) most = v;  // keeps a NaN
   }
   return most;
-}
-
-// A power of two near 1 / most, so that squares neither overflow nor vanish; 1 for zero, infinite or NaN factors.
-inline double balance(double most) {
-  if (!(most > 0) || !(most <= __DBL_MAX__)) return 1;
-  int exponent;  // of a denormal it is below -1023: its reciprocal would be infinite
-  __builtin_frexp(most, &exponent);
-  return __builtin_ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
 }
 
 // Rows f [m, d] times scale = R^T Q with orthonormal (or zero) rows of q [m, d]; R[i * m + j] is upper triangular.

@@ -6,6 +6,7 @@
 
 #include "cuda/device.h"
 #include "cuda/numbers.h"
+#include "schatten.h"
 
 namespace fastapd::cuda {
 
@@ -59,5 +60,37 @@ template <class T>
 void sample_topk(Stream stream, const T* scores, int* sample, int64_t* offsets, int* component, int64_t* sample_offsets,
                  int* position, void* workspace, TopkSizes sizes, int64_t k, int64_t small, int64_t threads);
 int64_t sample_topk_workspace(TopkSizes sizes, int64_t small);
+
+// values [I, C, m], descending, of ranks up to 128; workspace grams [I, C, 4, m, m] and scales [I, C, 2]. Ranks up to
+// most_in_warp, and no more than 32, are decomposed by warps, others by blocks.
+template <class T>
+void component_svdvals(Stream stream, const T* At, const T* B, double* values, double* grams, double* scales,
+                       SchattenSizes sizes, int most_in_warp);
+
+// The sum of csrc/ops.h from singular values, of ranks up to 128; workspace as above and partials [I, C]. `op` is named
+// in errors.
+template <class T>
+void schatten(const char* op, Stream stream, const T* At, const T* B, const int64_t* counts, double p, double eps,
+              int64_t batch, double scale, bool accumulate, T* loss, T* grad_At, T* grad_B, double* grams,
+              double* scales, double* partials, SchattenSizes sizes, int most_in_warp);
+
+// From lengths of columns; workspace partials [I, C, m].
+template <class T>
+void schatten_factored(const char* op, Stream stream, const T* At, const T* B, const int64_t* counts, double p,
+                       double eps, int64_t batch, double scale, bool accumulate, T* loss, T* grad_At, T* grad_B,
+                       double* partials, SchattenSizes sizes);
+
+// How many parts schatten_masked divides the samples and the components of an instance into.
+struct MaskedParts {
+  int64_t batch, across;
+};
+MaskedParts schatten_masked_parts(int64_t n_components, int64_t batch);
+
+// With a mask [I, b, C]; workspace norms [2, I, C, m], partials [I, parts.batch * parts.across] and, for gradients,
+// to_S [parts.batch, I, C, m].
+template <class T>
+void schatten_masked(const char* op, Stream stream, const T* At, const T* B, const T* mask, double p, double eps,
+                     int64_t batch, T* loss, T* grad_At, T* grad_B, T* grad_mask, double* norms, double* to_S,
+                     double* partials, SchattenSizes sizes);
 
 }  // namespace fastapd::cuda

@@ -2,7 +2,8 @@
 
 By hand: FASTAPD_EMULATED_CUDA=1 python -m pytest tests/cuda/check_emulated.py
 
-`check_sanitizers.py` runs the cases of QUICK again on kernels that are compiled with sanitizers.
+`check_sanitizers.py` runs the cases of QUICK again on kernels that are compiled with sanitizers. Cases of thousands of
+blocks are marked slow: `make test-all`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,19 @@ def names(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-every = pytest.mark.parametrize("op", CUDA)
+LONG = ("component_svdvals", "schatten", "schatten_accumulate")
+LONG_CASES = ("over", "tms", "tms_40", "resid")
+
+
+def both(op: str, case: testing.Case) -> Any:
+    slow = op in LONG and case.name in LONG_CASES
+    return pytest.param(op, case, id=f"{op}-{case.name}", marks=pytest.mark.slow if slow else ())
+
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=names)
-cases = pytest.mark.parametrize("case", [*QUICK, *testing.CASES.values()], ids=lambda case: case.name)
+every = pytest.mark.parametrize(
+    "op, case", [both(op, case) for op in CUDA for case in (*QUICK, *testing.CASES.values())]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +79,6 @@ def assert_matches(op: str, args: Any) -> testing.Answer:
     return found
 
 
-@cases
 @dtypes
 @every
 def test_kernels_match_the_reference(op, dtype, case):
@@ -82,7 +92,6 @@ def order() -> Iterator[Any]:
     module.controls.fastapd_emulation_order(0)
 
 
-@cases
 @every
 def test_kernels_do_not_depend_on_the_order_of_threads(op, case, order):
     args = testing.inputs(op, case)

@@ -32,7 +32,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def check(module: Path, sanitizer: str, what: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", str(HERE / "check_emulated.py"), "-k", what]
+    files = [str(path) for path in sorted(HERE.glob("check_emulated*.py"))]
+    command = ["-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", *files, "-k", what]
     env = emulated.preloaded(sanitizer) | {"FASTAPD_EMULATED_CUDA": str(module)}
     return subprocess.run(
         [sys.executable, "-P", *command], cwd=emulated.ROOT, env=env, capture_output=True, text=True, timeout=600,
@@ -43,9 +44,9 @@ def check(module: Path, sanitizer: str, what: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing_in_the_kernels(build, sanitizer):
     sizes = "few or over or tiles" if sanitizer == "address" else "few or tiles"
-    routes = "any_size or reads_again or" if sanitizer == "address" else ""
-    cases = f"match and ({sizes}) or {routes} every_route and float32 and few"
-    done = check(build.module(sanitizer), sanitizer, cases)
+    routes = "any_size or reads_again or ranks_in_a_warp" if sanitizer == "address" else "svd_of_lengths"
+    routes = f"{routes} or every_route and float32 and few or small_ranks_in_a_block and float32"
+    done = check(build.module(sanitizer), sanitizer, f"match and ({sizes}) or {routes}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = re.search(r"^emulated (.*)$", done.stdout, re.MULTILINE)
     assert found is not None
@@ -95,6 +96,30 @@ PLANTED = {
             "few_kernel<float>",
             "heap-buffer-overflow",
         ),
+        "columns-of-factors": (
+            "batched_svd.cu",
+            "x[q] = i < d ?",
+            "x[q] = i <= d ?",
+            "schatten",
+            "apply_kernel<float>",
+            "heap-buffer-overflow",
+        ),
+        "room-of-a-core": (
+            "svd_core.cu",
+            "3 * M * kStride<M> + 3 * M;",
+            "3 * M * kStride<M> + 2 * M;",
+            "ranks_in_a_warp and schatten",
+            "core_in_warp_kernel",
+            "use-after-poison",
+        ),
+        "tail-of-samples": (
+            "schatten_factored.cu",
+            "component < n_components ?",
+            "component <= n_components ?",
+            "schatten_factored_masked",
+            "powers_kernel<float>",
+            "heap-buffer-overflow",
+        ),
     },
     "thread": {
         "missing-barrier": (
@@ -137,11 +162,38 @@ PLANTED = {
             "few_kernel<float>",
             "data race",
         ),
+        "pivots-of-other-lanes": (
+            "svd_core.cu",
+            "[] { __syncwarp(); }",
+            "[] {}",
+            "schatten",
+            "core_in_warp_kernel<4>",
+            "data race",
+        ),
+        "pairs-of-two-rounds": (
+            "svd_core.cu",
+            "      if (lane == 0) large[warp] = any;\n      __syncthreads();\n",
+            "      if (lane == 0) large[warp] = any;\n",
+            "small_ranks_in_a_block and float32",
+            "core_in_block_kernel",
+            "data race",
+        ),
+        "matrix-of-the-step-before": (
+            "batched_svd.cu",
+            "    __syncthreads();  // all have read what was here\n",
+            "",
+            "ranks_in_a_warp and schatten and 9-20-17",
+            "apply_kernel<float>",
+            "data race",
+        ),
     },
 }
 
 
-IN_EVERY_RUN = ("tail-of-residual", "missing-barrier", "room-of-the-list", "parts-before-they-are-counted")
+IN_EVERY_RUN = (
+    "tail-of-residual", "missing-barrier", "room-of-the-list", "parts-before-they-are-counted", "columns-of-factors",
+    "pivots-of-other-lanes",
+)  # fmt: skip
 bugs = [
     pytest.param(sanitizer, bug, marks=() if bug in IN_EVERY_RUN else pytest.mark.slow)
     for sanitizer, found in PLANTED.items()
