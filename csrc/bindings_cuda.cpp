@@ -47,12 +47,46 @@ void run_sum_loss(Stream stream, Address residual, Address target, Address loss,
                         n);
 }
 
+// Addresses and sizes one by one: a call is checked for integers alone.
+#define FASTAPD_SELECTION_PARAMETERS \
+  Address sample, Address offsets, Address component, Address sample_offsets, Address position
+#define FASTAPD_SIZES_PARAMETERS                                                                                  \
+  int64_t n_instances, int64_t batch, int64_t n_components, int64_t rank, int64_t d_in, int64_t d_out, int64_t n_pairs
+
+fastapd::Selection selection_at(FASTAPD_SELECTION_PARAMETERS) {
+  return {at<const int32_t>(sample), at<const int64_t>(offsets), at<const int32_t>(component),
+          at<const int64_t>(sample_offsets), at<const int32_t>(position)};
+}
+
+template <class T>
+void run_forward(Stream stream, Address x, Address At, Address B, FASTAPD_SELECTION_PARAMETERS, Address u, Address y,
+                 Address z, int64_t z_columns, FASTAPD_SIZES_PARAMETERS) {
+  component_forward_selected<T>(stream, at<const T>(x), at<const T>(At), at<const T>(B),
+                                selection_at(sample, offsets, component, sample_offsets, position), at<T>(u), at<T>(y),
+                                at<Acc<T>>(z), z_columns,
+                                {n_instances, batch, n_components, rank, d_in, d_out, n_pairs});
+}
+
+template <class T, bool Add>
+void run_backward(Stream stream, Address grad_y, Address x, Address At, Address B, Address u,
+                  FASTAPD_SELECTION_PARAMETERS, Address grad_u, Address grad_x, Address grad_At, Address grad_B,
+                  Address z, int64_t z_columns, FASTAPD_SIZES_PARAMETERS) {
+  component_forward_selected_backward<T>(
+      Add ? "component_forward_selected_accumulate" : "component_forward_selected_backward", stream,
+      at<const T>(grad_y), at<const T>(x), at<const T>(At), at<const T>(B), at<const T>(u),
+      selection_at(sample, offsets, component, sample_offsets, position), at<T>(grad_u), at<T>(grad_x), at<T>(grad_At),
+      at<T>(grad_B), Add, at<Acc<T>>(z), z_columns, {n_instances, batch, n_components, rank, d_in, d_out, n_pairs});
+}
+
 template <class T>
 void bind_ops(py::module_& m, const std::string& dtype) {
   const auto bind = [&](const char* op, auto run) { m.def((op + ("_" + dtype)).c_str(), on_device(op, run)); };
   bind("unit_norm", &run_unit_norm<T>);
   bind("remove_along", &run_remove_along<T>);
   bind("component_sum_loss", &run_sum_loss<T>);
+  bind("component_forward_selected", &run_forward<T>);
+  bind("component_forward_selected_backward", &run_backward<T, false>);
+  bind("component_forward_selected_accumulate", &run_backward<T, true>);
 }
 
 py::list device_dicts() {

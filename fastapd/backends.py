@@ -35,16 +35,19 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_forward:component_forward",
     },
     "component_forward_selected": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected",
         "triton": "fastapd.kernels.component_forward:component_forward_selected",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected",
         "reference": "fastapd.reference.component_forward:component_forward_selected",
     },
     "component_forward_selected_backward": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected_backward",
         "triton": "fastapd.kernels.component_forward:component_forward_selected_backward",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_backward",
         "reference": "fastapd.reference.component_forward:component_forward_selected_backward",
     },
     "component_forward_selected_accumulate": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected_accumulate",
         "triton": "fastapd.kernels.component_forward:component_forward_selected_accumulate",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_accumulate",
         "reference": "fastapd.reference.component_forward:component_forward_selected_accumulate",
@@ -145,6 +148,9 @@ LIMITS: dict[tuple[str, str], str] = {
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 
 PREFERRED: dict[tuple[str, str], str] = {
+    ("component_forward_selected", "triton"): "fastapd.ops._component_forward_cuda:triton_first",
+    ("component_forward_selected_backward", "triton"): "fastapd.ops._component_forward_cuda:triton_first_backward",
+    ("component_forward_selected_accumulate", "triton"): "fastapd.ops._component_forward_cuda:triton_first_backward",
     ("component_sum_loss", "triton"): "fastapd.kernels.component_sum:preferred",
 }
 """Where a backend that can run comes before the others of its row at some sizes: a function of the op's arguments that

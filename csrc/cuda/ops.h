@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../ops.h"
 #include "cuda/device.h"
 #include "cuda/numbers.h"
 
@@ -24,5 +25,19 @@ int64_t component_sum_loss_partials(int64_t n);
 template <class T>
 void component_sum_loss(Stream stream, T* residual, const T* target, T* loss, Acc<T>* partials, int64_t n_instances,
                         int64_t n);
+
+// u [I, K, m] = x_s A_c and y [I, b, d_out] = sum over the pairs of a sample of u B_c. Where z_columns > 0, by way of
+// the pairs' own outputs, so many columns at a time, in workspace z [I, K, z_columns].
+template <class T>
+void component_forward_selected(Stream stream, const T* x, const T* At, const T* B, Selection selection, T* u, T* y,
+                                Acc<T>* z, int64_t z_columns, ForwardSizes sizes);
+
+// grad_u [I, K, m] = grad_y_s B_c^T (workspace), then whichever of the three gradients is not null; z and z_columns are
+// for grad_x. If `add`, grad_At and grad_B are added to, and what belongs to components without pairs is neither read
+// nor written. Errors are those of `op`.
+template <class T>
+void component_forward_selected_backward(const char* op, Stream stream, const T* grad_y, const T* x, const T* At,
+                                         const T* B, const T* u, Selection selection, T* grad_u, T* grad_x, T* grad_At,
+                                         T* grad_B, bool add, Acc<T>* z, int64_t z_columns, ForwardSizes sizes);
 
 }  // namespace fastapd::cuda

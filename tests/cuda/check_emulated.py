@@ -2,7 +2,8 @@
 
 By hand: FASTAPD_EMULATED_CUDA=1 python -m pytest tests/cuda/check_emulated.py
 
-`check_sanitizers.py` runs the cases of QUICK again on kernels that are compiled with sanitizers.
+`check_sanitizers.py` runs the cases of QUICK again on kernels that are compiled with sanitizers. Cases of thousands of
+blocks are marked slow: `make test-all`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastapd import _native, backends, testing
+from fastapd import _native, backends, ops, testing
+from fastapd.ops import _component_forward_cuda
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 QUICK = (
@@ -30,9 +32,19 @@ def names(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-every = pytest.mark.parametrize("op", CUDA)
+LONG = ("component_forward_selected", "component_forward_selected_accumulate")
+LONG_CASES = ("tms", "tms_40", "resid", "wide")
+
+
+def both(op: str, case: testing.Case) -> Any:
+    slow = op in LONG and case.name in LONG_CASES
+    return pytest.param(op, case, id=f"{op}-{case.name}", marks=pytest.mark.slow if slow else ())
+
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=names)
-cases = pytest.mark.parametrize("case", [*QUICK, *testing.CASES.values()], ids=lambda case: case.name)
+every = pytest.mark.parametrize(
+    "op, case", [both(op, case) for op in CUDA for case in (*QUICK, *testing.CASES.values())]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +60,7 @@ def answer(op: str, args: Any) -> tuple[testing.Answer, list[torch.Tensor] | Non
         cotangents = testing.random_cotangents(testing.reference(op, args).outputs)
     before = module.controls.fastapd_emulation_launches()
     outputs = testing.run(op, args).outputs  # by a CUDA kernel or not at all
-    empty = not any(t.numel() for t in outputs)
+    empty = not any(t.numel() for t in outputs) or not all(t.numel() for t in testing.tensors_of(args))
     assert empty or module.controls.fastapd_emulation_launches() > before, "no kernel was started"
     if cotangents is None:
         return testing.Answer(outputs, []), None
@@ -64,7 +76,6 @@ def assert_matches(op: str, args: Any) -> testing.Answer:
     return found
 
 
-@cases
 @dtypes
 @every
 def test_kernels_match_the_reference(op, dtype, case):
@@ -78,7 +89,6 @@ def order() -> Iterator[Any]:
     module.controls.fastapd_emulation_order(0)
 
 
-@cases
 @every
 def test_kernels_do_not_depend_on_the_order_of_threads(op, case, order):
     args = testing.inputs(op, case)
@@ -102,6 +112,63 @@ def test_rows_of_any_size_and_scale(dtype):
         ):
             rows[0, row] *= scale
         assert_matches("unit_norm", (rows,))
+
+
+FORWARD = ("component_forward_selected", "component_forward_selected_accumulate")
+FORWARD_SIZES = (  # what makes the project and outer passes take 4 pairs and 1 rank, 4 and 4, 8 and 8, 4 and 4 at once
+    testing.Case("rank 1, many components", 1, 30, 1100, 1, 5, 129, n_outputs=0, k=3.0),
+    testing.Case("rank below 8", 1, 17, 3, 7, 40, 130, n_outputs=0, k=1.5),
+    testing.Case("rank beyond 8 and a warp", 2, 13, 2, 35, 34, 130, n_outputs=0, k=1.5),
+    testing.Case("hardly any pairs", 1, 9, 40, 17, 37, 40, n_outputs=0, k=1.0),
+)
+forward_ops = pytest.mark.parametrize("op", FORWARD)
+
+
+@pytest.fixture
+def expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are summed by way of the outputs of their pairs, 128 columns at a time."""
+    monkeypatch.setattr(_component_forward_cuda, "EXPANDED", {"times_fewer": 0, "saved_bytes": -1 << 60, "bytes": 0})
+
+
+@pytest.mark.parametrize("case", FORWARD_SIZES, ids=lambda case: case.name)
+@dtypes
+@forward_ops
+def test_forward_takes_every_route(op, dtype, case):
+    assert_matches(op, testing.inputs(op, case, dtype))
+
+
+@pytest.mark.parametrize("case", FORWARD_SIZES[1:], ids=lambda case: case.name)
+@dtypes
+@forward_ops
+def test_forward_by_way_of_pairs(op, dtype, case, expanded):
+    assert_matches(op, testing.inputs(op, case, dtype))
+
+
+@forward_ops
+def test_forward_by_way_of_pairs_does_not_depend_on_the_order_of_threads(op, expanded, order):
+    args = testing.inputs(op, FORWARD_SIZES[2])
+    forward = answer(op, args)[0]
+    for other in (1, 7):
+        order(other)
+        testing.assert_bit_equal(answer(op, args)[0], forward)
+
+
+@pytest.mark.parametrize("way", ["direct", "by way of pairs"])
+def test_forward_of_uneven_and_padded_selections(way, request):
+    """One component takes nearly all, others nothing; and lists of exact k, which end before their memory does."""
+    if way != "direct":
+        request.getfixturevalue("expanded")
+    x, A, B, _ = testing.inputs("component_forward_selected", testing.Case("", 2, 70, 40, 9, 20, 140, n_outputs=0))
+    scores = torch.rand(2, 70, 40)
+    scores[:, :, 33] += 1
+    scores[:, ::9, 3] += 1
+    with backends.use_backend("reference"):
+        uneven = ops.batch_topk(scores, 80)
+        padded = ops.batch_topk(scores, torch.tensor([75, 4]))
+    assert padded.offsets[:, -1].tolist() == [75, 4]
+    assert padded.sample.shape[1] > 4
+    for selection in (uneven, padded):
+        assert_matches("component_forward_selected", (x, A, B, selection))
 
 
 def test_an_unknown_device_is_an_error_with_the_name_of_the_op():

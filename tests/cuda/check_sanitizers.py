@@ -75,6 +75,22 @@ PLANTED = {
             "remove_along_kernel<float>",
             "heap-buffer-overflow",
         ),
+        "tail-of-a-factor": (
+            "component_forward.cu",
+            "first + i < n && o + at < d ?",
+            "first + i < n && o + at <= d ?",
+            "component_forward_selected",
+            "combine_kernel<float, float>",
+            "heap-buffer-overflow",
+        ),
+        "pair-that-is-not-there": (
+            "component_forward.cu",
+            "tile.first + p < tile.end ? tile.first + p : tile.end - 1;",
+            "tile.first + p;",
+            "component_forward_selected",
+            "project_kernel<float, 4, 4>",
+            "heap-buffer-overflow",
+        ),
     },
     "thread": {
         "missing-barrier": (
@@ -91,6 +107,22 @@ PLANTED = {
             "partials[0] = sum;",
             "component_sum_loss",
             "residual_kernel<float>",
+            "data race",
+        ),
+        "sample-of-another-warp": (
+            "component_forward.cu",
+            "y[row * d_y + first + column] =",
+            "y[row / 2 * d_y + first + column] =",
+            "component_forward_selected",
+            "combine_kernel<float, float>",
+            "data race",
+        ),
+        "component-of-another-warp": (
+            "component_forward.cu",
+            "grad + (owner * n.rank + first_rank + r) * d",
+            "grad + (owner / 2 * n.rank + first_rank + r) * d",
+            "component_forward_selected_accumulate",
+            "outer_kernel<float, 4>",
             "data race",
         ),
         "row-of-another-warp": (
@@ -117,7 +149,7 @@ bugs = [
 def test_sanitizers_find_a_planted_error(build, sanitizer, bug):
     file, right, wrong, op, kernel, message = PLANTED[sanitizer][bug]
     module = build.module(sanitizer, {file: (right, wrong)})
-    done = check(module, sanitizer, f"match and {op} and float32 and tiles")
+    done = check(module, sanitizer, f"match and {op}- and float32 and tiles")
     assert done.returncode != 0, done.stdout
     said = done.stdout + done.stderr
     assert message in said, said[-3000:]
