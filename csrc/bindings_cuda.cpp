@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/ops.h"
@@ -78,6 +79,31 @@ void run_backward(Stream stream, Address grad_y, Address x, Address At, Address 
       at<T>(grad_B), Add, at<Acc<T>>(z), z_columns, {n_instances, batch, n_components, rank, d_in, d_out, n_pairs});
 }
 
+// `layers` is the address of n_layers times the 8 fields of a ReducedLayer, in order, in the host's memory.
+template <class T>
+std::vector<ReducedLayer<T>> layers_at(Address layers, int64_t n_layers) {
+  std::vector<ReducedLayer<T>> out;
+  const int64_t* field = at<const int64_t>(layers);
+  for (int64_t l = 0; l < n_layers; ++l, field += 8)
+    out.push_back({at<const T>(static_cast<Address>(field[0])), at<const T>(static_cast<Address>(field[1])),
+                   at<const T>(static_cast<Address>(field[2])), field[3], field[4], field[5], field[6], field[7]});
+  return out;
+}
+
+template <class T>
+void run_attribution(Stream stream, Address layers, int64_t n_layers, Address out, int64_t n_instances, int64_t batch,
+                     int64_t n_components, int64_t n_outputs) {
+  attribution_reduce<T>(stream, layers_at<T>(layers, n_layers).data(), n_layers, at<T>(out), n_instances, batch,
+                        n_components, n_outputs);
+}
+
+template <class T>
+void run_attribution_backward(Stream stream, Address layers, int64_t n_layers, Address grad, Address dT,
+                              int64_t n_instances, int64_t batch, int64_t n_components, int64_t n_outputs) {
+  attribution_reduce_backward<T>(stream, layers_at<T>(layers, n_layers).data(), n_layers, at<const T>(grad),
+                                 at<Acc<T>>(dT), n_instances, batch, n_components, n_outputs);
+}
+
 template <class T>
 void bind_ops(py::module_& m, const std::string& dtype) {
   const auto bind = [&](const char* op, auto run) { m.def((op + ("_" + dtype)).c_str(), on_device(op, run)); };
@@ -87,6 +113,8 @@ void bind_ops(py::module_& m, const std::string& dtype) {
   bind("component_forward_selected", &run_forward<T>);
   bind("component_forward_selected_backward", &run_backward<T, false>);
   bind("component_forward_selected_accumulate", &run_backward<T, true>);
+  bind("attribution_reduce", &run_attribution<T>);
+  bind("attribution_reduce_backward", &run_attribution_backward<T>);
 }
 
 py::list device_dicts() {
@@ -112,6 +140,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   bind_ops<Half>(m, "float16");
   bind_ops<BFloat16>(m, "bfloat16");
   m.def("component_sum_loss_partials", &component_sum_loss_partials);
+  m.attr("attribution_reduce_layers") = kMostLayers;
   m.def("start_nothing", on_device("start_nothing", &start_nothing), "Raises why no kernel starts on a device.");
   m.def("device_count", &device_count, "Usable devices; 0 without a driver or a device.");
   m.def("unavailable_reason", &unavailable_reason, "CUDA's text for why no device can be used, or None when one can.");

@@ -289,6 +289,23 @@ def test_cuda_gives_way_to_tensor_cores_where_arithmetic_is_the_floor(everybody_
             assert backends.order(f"component_forward_selected{op}", *given)[0][0] == "cuda"
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize(
+    "sizes, first", [((2048, 40, 11, 40, 10, 40), "cuda"), ((4096, 2000, 4, 8, 512, 512), "triton")]
+)
+def test_cuda_gives_way_to_tensor_cores_where_attributions_are_arithmetic(everybody_runs, sizes, first):
+    batch, C, rank, d_in, d_out, n_outputs = sizes
+    on = {"device": "meta"}  # sizes are all that is asked for
+    A, B = torch.empty(1, C, d_in, rank, **on), torch.empty(1, C, rank, d_out, **on)
+    layer = [torch.empty(1, batch, d_in, **on)], [torch.empty(1, batch, n_outputs, d_out, **on)], [A], [B]
+    for op, args in (("", layer), ("_backward", (torch.empty(1, batch, C, **on), *layer))):
+        names, why = backends.order(f"attribution_reduce{op}", *args)
+        assert names[0] == first
+        assert bool(why) == (first == "triton")
+        with use_precision("ieee"):
+            assert backends.order(f"attribution_reduce{op}", *args)[0][0] == "cuda"
+
+
 def test_cuda_preferences_name_functions_that_exist():
     for op, backend in backends.PREFERRED:
         assert backend in backends.TABLE[op]

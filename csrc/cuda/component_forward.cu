@@ -13,10 +13,10 @@
 //   expand   z[k]  = v[k] F_c                            owner: a warp, P pairs of one component, kWide columns
 //   gather   y_b   = sum over b's pairs z[k]             combine again, with rows of z in the place of v[k] F_c
 // P and R are 1, 4 or 8: sums in registers, of which a lane has P R, or P or R times kColumns. Components have any
-// number of pairs. Tile t of P pairs belongs to the last component c with offsets[c] / P + c <= t: that leaves every component room for its tiles, and the grid has the same size whatever
-// was selected, as a captured graph needs. Sums are in float (in double for double), in registers, in an order that
-// depends on sizes and the selection alone; u, v and what is returned are rounded to T. Nothing is shared between
-// warps: no barriers, no atomics.
+// number of pairs. Tile t of P pairs belongs to the last component c with offsets[c] / P + c <= t: that leaves every
+// component room for its tiles, and the grid has the same size whatever was selected, as a captured graph needs. Sums
+// are in float (in double for double), in registers, in an order that depends on sizes and the selection alone; u, v
+// and what is returned are rounded to T. Nothing is shared between warps: no barriers, no atomics.
 //
 // Not the right choice: above about one component in eight selected per sample, where two dense GEMMs win; and outer
 // for a selection of which one component has most pairs, as one warp after another walks over all of them.
@@ -295,8 +295,8 @@ void project(const char* op, Stream stream, const T* x, const T* f, const Select
   if (n.n_pairs == 0 || n.rank == 0) return;
   const auto run = [&](auto kernel, int pairs, int ranks) {
     const int64_t n_tiles = tiles_of(n, pairs), n_rank_tiles = ceil_div(n.rank, ranks);
-    launch_warps(op, kernel, n.n_instances * n_tiles * n_rank_tiles, stream, x, f, s.sample, s.offsets, v, n, d, n_tiles,
-                 n_rank_tiles);
+    launch_warps(op, kernel, n.n_instances * n_tiles * n_rank_tiles, stream, x, f, s.sample, s.offsets, v, n, d,
+                 n_tiles, n_rank_tiles);
   };
   constexpr int M = kMost<T>;
   if (n.rank == 1)
@@ -320,8 +320,8 @@ void combine(const char* op, Stream stream, const T* v, const T* f, const Select
   for (int64_t first = 0; first < d; first += z_columns) {
     const int64_t width = first + z_columns < d ? z_columns : d - first;
     const int64_t n_tiles = tiles_of(n, kMost<T>), n_column_tiles = ceil_div(width, kWide);
-    launch_warps(op, expand_kernel<T, kMost<T>>, n.n_instances * n_tiles * n_column_tiles, stream, v, f, s.offsets, z, n, d,
-                 first, width, n_tiles, n_column_tiles);
+    launch_warps(op, expand_kernel<T, kMost<T>>, n.n_instances * n_tiles * n_column_tiles, stream, v, f, s.offsets, z,
+                 n, d, first, width, n_tiles, n_column_tiles);
     launch_warps(op, combine_kernel<T, Acc<T>>, n_rows * n_column_tiles, stream, static_cast<const T*>(nullptr), z,
                  s.component, s.sample_offsets, s.position, y, n, 1, width, first, d, n_column_tiles);
   }

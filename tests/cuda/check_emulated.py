@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastapd import _native, backends, ops, testing
-from fastapd.ops import _component_forward_cuda
+from fastapd.ops import _attribution_reduce_cuda, _component_forward_cuda
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 QUICK = (
@@ -32,7 +32,7 @@ def names(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-LONG = ("component_forward_selected", "component_forward_selected_accumulate")
+LONG = ("component_forward_selected", "component_forward_selected_accumulate", "attribution_reduce")
 LONG_CASES = ("tms", "tms_40", "resid", "wide")
 
 
@@ -169,6 +169,53 @@ def test_forward_of_uneven_and_padded_selections(way, request):
     assert padded.sample.shape[1] > 4
     for selection in (uneven, padded):
         assert_matches("component_forward_selected", (x, A, B, selection))
+
+
+LARGE_TILES = testing.Case("large tiles", 1, 2, 67, 3, 18, 21, n_outputs=131)  # two of 64 components, of 128 outputs
+
+
+@dtypes
+def test_attribution_in_large_tiles(dtype):
+    assert_matches("attribution_reduce", testing.inputs("attribution_reduce", LARGE_TILES, dtype))
+
+
+def test_attribution_in_large_tiles_does_not_depend_on_the_order_of_threads(order):
+    args = testing.inputs("attribution_reduce", LARGE_TILES)
+    forward = answer("attribution_reduce", args)[0]
+    order(1)
+    testing.assert_bit_equal(answer("attribution_reduce", args)[0], forward)
+
+
+@pytest.mark.parametrize("folded", [0, 8], ids=["library", "folded"])
+def test_attribution_in_parts_of_the_batch(folded, monkeypatch):
+    """Of one sample each; z by the library, and by the kernel."""
+    monkeypatch.setattr(_attribution_reduce_cuda, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_attribution_reduce_cuda, "FOLDED", folded)
+    before = module.controls.fastapd_emulation_launches()
+    args = testing.inputs("attribution_reduce", testing.Case("", 2, 7, 5, 3, 18, 21, n_outputs=3, tied=True))
+    assert_matches("attribution_reduce", args)
+    assert module.controls.fastapd_emulation_launches() - before == 3 * 7, "forward twice, and backward"
+
+
+def test_attribution_that_is_infinite_is_no_nan():
+    """Tiles are wider than what there is of outputs: 0 times infinity is none of them."""
+    ones = torch.ones(1, 2, 1)
+    A, B, g = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 2, 5, 1)
+    A[0, 1] = torch.inf
+    found = ops.attribution_reduce([ones], [g], [A], [B])
+    assert found.tolist() == [[[5, torch.inf, 5]] * 2]
+
+
+def test_attribution_of_many_layers_is_left_to_others():
+    most = module.attribution_reduce_layers
+    layer = testing.inputs("attribution_reduce", "single")
+    for n, refused in ((most, False), (most + 1, True)):
+        args = tuple([part[0]] * n for part in layer)
+        if refused:
+            with pytest.raises(NotImplementedError, match=f"the CUDA kernel takes up to {most} layers, not {n}"):
+                ops.attribution_reduce(*args)
+        with backends.use_backend("cuda", "reference"):
+            testing.assert_matches_reference("attribution_reduce", ops.attribution_reduce(*args), args, "cuda")
 
 
 def test_an_unknown_device_is_an_error_with_the_name_of_the_op():

@@ -83,6 +83,14 @@ PLANTED = {
             "combine_kernel<float, float>",
             "heap-buffer-overflow",
         ),
+        "output-that-is-not-there": (
+            "attribution_reduce.cu",
+            "if (first_o + j >= n_outputs || at >= d_out)",
+            "if (at >= d_out)",
+            "attribution_reduce",
+            "reduce_kernel<float, 32, 32>",
+            "heap-buffer-overflow",
+        ),
         "pair-that-is-not-there": (
             "component_forward.cu",
             "tile.first + p < tile.end ? tile.first + p : tile.end - 1;",
@@ -107,6 +115,22 @@ PLANTED = {
             "partials[0] = sum;",
             "component_sum_loss",
             "residual_kernel<float>",
+            "data race",
+        ),
+        "tile-that-is-still-read": (
+            "attribution_reduce.cu",
+            "        __syncthreads();  // nobody reads them any more\n",
+            "",
+            "attribution_reduce",
+            "reduce_kernel<float, 32, 32>",
+            "data race",
+        ),
+        "tile-that-is-not-there-yet": (
+            "attribution_reduce.cu",
+            "        __syncthreads();  // the tiles are there\n",
+            "",
+            "attribution_reduce",
+            "reduce_kernel<float, 32, 32>",
             "data race",
         ),
         "sample-of-another-warp": (
