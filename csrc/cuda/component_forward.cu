@@ -19,10 +19,9 @@
 // and what is returned are rounded to T. Nothing is shared between warps: no barriers, no atomics.
 //
 // Not the right choice: above about one component in eight selected per sample, where two dense GEMMs win; and outer
-// for a selection of which one component has most pairs, as one warp after another walks over all of them.
+// for a selection of which one component has most pairs, as a single warp walks over all of them.
 #include "cuda/launch.h"
 #include "cuda/ops.h"
-#include "cuda/reduce.h"
 
 namespace fastapd::cuda {
 namespace {
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
     factors[r] = f + ((i * n.n_components + tile.component) * n.rank + rank) * d;
   }
   Acc<T> sums[P * R / kSums][kSums] = {};
-#pragma unroll(P* R <= int(kWarp) ? 2 : 1)
+#pragma unroll(P * R <= int(kWarp) ? 2 : 1)
   for (int64_t o = lane_of_warp(); o < d; o += kWarp) {
     Acc<T> numbers[P];
 #pragma unroll

@@ -40,7 +40,9 @@ def check(module: Path, sanitizer: str, what: str) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing_in_the_kernels(build, sanitizer):
-    sizes = "few or over or tiles or any_size" if sanitizer == "address" else "few or tiles"
+    sizes = "few or tiles and not large or large and float32"
+    if sanitizer == "address":
+        sizes = "few or over or tiles or any_size or by_way and (hardly or beyond and float32)"
     done = check(build.module(sanitizer), sanitizer, f"({sizes}) and not order")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = re.search(r"^emulated (.*)$", done.stdout, re.MULTILINE)
@@ -161,7 +163,7 @@ PLANTED = {
 }
 
 
-IN_EVERY_RUN = ("tail-of-residual", "missing-barrier")
+IN_EVERY_RUN = ("tail-of-residual", "tile-that-is-still-read")  # of one file: a header would compile them all again
 bugs = [
     pytest.param(sanitizer, bug, marks=() if bug in IN_EVERY_RUN else pytest.mark.slow)
     for sanitizer, found in PLANTED.items()
