@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/ops.h"
@@ -45,6 +46,62 @@ void run_sum_loss(Stream stream, Address residual, Address target, Address loss,
                   int64_t n) {
   component_sum_loss<T>(stream, at<T>(residual), at<const T>(target), at<T>(loss), at<Acc<T>>(partials), n_instances,
                         n);
+}
+
+// Addresses and sizes one by one: a call is checked for integers alone.
+#define FASTAPD_SELECTION_PARAMETERS \
+  Address sample, Address offsets, Address component, Address sample_offsets, Address position
+#define FASTAPD_SIZES_PARAMETERS                                                                                  \
+  int64_t n_instances, int64_t batch, int64_t n_components, int64_t rank, int64_t d_in, int64_t d_out, int64_t n_pairs
+
+fastapd::Selection selection_at(FASTAPD_SELECTION_PARAMETERS) {
+  return {at<const int32_t>(sample), at<const int64_t>(offsets), at<const int32_t>(component),
+          at<const int64_t>(sample_offsets), at<const int32_t>(position)};
+}
+
+template <class T>
+void run_forward(Stream stream, Address x, Address At, Address B, FASTAPD_SELECTION_PARAMETERS, Address u, Address y,
+                 Address z, int64_t z_columns, FASTAPD_SIZES_PARAMETERS) {
+  component_forward_selected<T>(stream, at<const T>(x), at<const T>(At), at<const T>(B),
+                                selection_at(sample, offsets, component, sample_offsets, position), at<T>(u), at<T>(y),
+                                at<Acc<T>>(z), z_columns,
+                                {n_instances, batch, n_components, rank, d_in, d_out, n_pairs});
+}
+
+template <class T, bool Add>
+void run_backward(Stream stream, Address grad_y, Address x, Address At, Address B, Address u,
+                  FASTAPD_SELECTION_PARAMETERS, Address grad_u, Address grad_x, Address grad_At, Address grad_B,
+                  Address z, int64_t z_columns, FASTAPD_SIZES_PARAMETERS) {
+  component_forward_selected_backward<T>(
+      Add ? "component_forward_selected_accumulate" : "component_forward_selected_backward", stream,
+      at<const T>(grad_y), at<const T>(x), at<const T>(At), at<const T>(B), at<const T>(u),
+      selection_at(sample, offsets, component, sample_offsets, position), at<T>(grad_u), at<T>(grad_x), at<T>(grad_At),
+      at<T>(grad_B), Add, at<Acc<T>>(z), z_columns, {n_instances, batch, n_components, rank, d_in, d_out, n_pairs});
+}
+
+// `layers` is the address of n_layers times the 8 fields of a ReducedLayer, in order, in the host's memory.
+template <class T>
+std::vector<ReducedLayer<T>> layers_at(Address layers, int64_t n_layers) {
+  std::vector<ReducedLayer<T>> out;
+  const int64_t* field = at<const int64_t>(layers);
+  for (int64_t l = 0; l < n_layers; ++l, field += 8)
+    out.push_back({at<const T>(static_cast<Address>(field[0])), at<const T>(static_cast<Address>(field[1])),
+                   at<const T>(static_cast<Address>(field[2])), field[3], field[4], field[5], field[6], field[7]});
+  return out;
+}
+
+template <class T>
+void run_attribution(Stream stream, Address layers, int64_t n_layers, Address out, int64_t n_instances, int64_t batch,
+                     int64_t n_components, int64_t n_outputs) {
+  attribution_reduce<T>(stream, layers_at<T>(layers, n_layers).data(), n_layers, at<T>(out), n_instances, batch,
+                        n_components, n_outputs);
+}
+
+template <class T>
+void run_attribution_backward(Stream stream, Address layers, int64_t n_layers, Address grad, Address dT,
+                              int64_t n_instances, int64_t batch, int64_t n_components, int64_t n_outputs) {
+  attribution_reduce_backward<T>(stream, layers_at<T>(layers, n_layers).data(), n_layers, at<const T>(grad),
+                                 at<Acc<T>>(dT), n_instances, batch, n_components, n_outputs);
 }
 
 template <class T>
@@ -127,6 +184,11 @@ void bind_ops(py::module_& m, const std::string& dtype) {
   bind("schatten_factored", &run_schatten<T, kFactored>);
   bind("schatten_accumulate", &run_schatten<T, kAccumulate>);
   bind("schatten_factored_masked", &run_masked<T>);
+  bind("component_forward_selected", &run_forward<T>);
+  bind("component_forward_selected_backward", &run_backward<T, false>);
+  bind("component_forward_selected_accumulate", &run_backward<T, true>);
+  bind("attribution_reduce", &run_attribution<T>);
+  bind("attribution_reduce_backward", &run_attribution_backward<T>);
 }
 
 py::list device_dicts() {
@@ -159,6 +221,7 @@ PYBIND11_MODULE(_C_cuda, m) {
     const MaskedParts parts = schatten_masked_parts(n_components, batch);
     return py::make_tuple(parts.batch, parts.across);
   });
+  m.attr("attribution_reduce_layers") = kMostLayers;
   m.def("start_nothing", on_device("start_nothing", &start_nothing), "Raises why no kernel starts on a device.");
   m.def("device_count", &device_count, "Usable devices; 0 without a driver or a device.");
   m.def("unavailable_reason", &unavailable_reason, "CUDA's text for why no device can be used, or None when one can.");

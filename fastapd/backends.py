@@ -35,26 +35,31 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "fastapd.reference.component_forward:component_forward",
     },
     "component_forward_selected": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected",
         "triton": "fastapd.kernels.component_forward:component_forward_selected",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected",
         "reference": "fastapd.reference.component_forward:component_forward_selected",
     },
     "component_forward_selected_backward": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected_backward",
         "triton": "fastapd.kernels.component_forward:component_forward_selected_backward",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_backward",
         "reference": "fastapd.reference.component_forward:component_forward_selected_backward",
     },
     "component_forward_selected_accumulate": {
+        "cuda": "fastapd.ops._component_forward_cuda:forward_selected_accumulate",
         "triton": "fastapd.kernels.component_forward:component_forward_selected_accumulate",
         "cpu": "fastapd.ops._component_forward:cpu_forward_selected_accumulate",
         "reference": "fastapd.reference.component_forward:component_forward_selected_accumulate",
     },
     "attribution_reduce": {
+        "cuda": "fastapd.ops._attribution_reduce_cuda:attribution_reduce",
         "triton": "fastapd.kernels.attribution_reduce:attribution_reduce",
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce",
     },
     "attribution_reduce_backward": {
+        "cuda": "fastapd.ops._attribution_reduce_cuda:attribution_reduce_backward",
         "triton": "fastapd.kernels.attribution_reduce:attribution_reduce_backward",
         "cpu": "fastapd.ops._attribution_reduce:cpu_attribution_reduce_backward",
         "reference": "fastapd.reference.attribution_reduce:attribution_reduce_backward",
@@ -150,6 +155,8 @@ LIMITS: dict[tuple[str, str], str] = {
     ("component_svdvals", "cuda"): "fastapd.ops._batched_svd_cuda:limits",
     ("schatten", "cuda"): "fastapd.ops._batched_svd_cuda:limits",
     ("schatten_accumulate", "cuda"): "fastapd.ops._batched_svd_cuda:accumulate_limits",
+    ("attribution_reduce", "cuda"): "fastapd.ops._attribution_reduce_cuda:limits",
+    ("attribution_reduce_backward", "cuda"): "fastapd.ops._attribution_reduce_cuda:backward_limits",
     ("component_svdvals", "triton"): "fastapd.kernels.batched_svd:limits",
     ("schatten", "triton"): "fastapd.kernels.batched_svd:limits",
     ("schatten_accumulate", "triton"): "fastapd.kernels.batched_svd:accumulate_limits",
@@ -157,6 +164,11 @@ LIMITS: dict[tuple[str, str], str] = {
 """Where a backend runs an op at some sizes only: a function of the op's arguments that returns reasons to refuse."""
 
 PREFERRED: dict[tuple[str, str], str] = {
+    ("component_forward_selected", "triton"): "fastapd.ops._component_forward_cuda:triton_first",
+    ("component_forward_selected_backward", "triton"): "fastapd.ops._component_forward_cuda:triton_first_backward",
+    ("component_forward_selected_accumulate", "triton"): "fastapd.ops._component_forward_cuda:triton_first_backward",
+    ("attribution_reduce", "triton"): "fastapd.ops._attribution_reduce_cuda:triton_first",
+    ("attribution_reduce_backward", "triton"): "fastapd.ops._attribution_reduce_cuda:triton_first_backward",
     ("component_sum_loss", "triton"): "fastapd.kernels.component_sum:preferred",
 }
 """Where a backend that can run comes before the others of its row at some sizes: a function of the op's arguments that

@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastapd import _cuda, _info, _native, backends, testing
-from fastapd.ops import _topk_plan
+from fastapd import _cuda, _info, _native, backends, testing, use_precision
+from fastapd.ops import _component_forward_cuda, _topk_plan
 
 TESTS = Path(__file__).parent
 NATIVE = _native.load("_C_cuda")
@@ -262,6 +262,63 @@ def test_cuda_gives_way_to_a_single_launch(everybody_runs):
         (line,) = _info._explained("component_sum_loss", args, ("cuda", "triton"))
         assert line.split()[1] == "cuda", "the order is the user's"
     assert backends.order("unit_norm", small) == (tuple(backends.TABLE["unit_norm"]), "")
+
+
+# Reference sizes of a masked pass, K pairs of C components: (C, rank, K, d)
+FORWARD_SIZES = {
+    "toy": (40, 11, 4096, 10),
+    "few large components": (130, 50, 2621, 1000),
+    "many small components": (2000, 4, 65536, 512),
+    "very many of rank 1": (100_000, 1, 320_000, 1024),
+}
+
+
+@pytest.mark.parametrize("name, columns", [("toy", 0), ("few large components", 1000), ("many small components", 0),
+                                           ("very many of rank 1", 0)])  # fmt: skip
+def test_cuda_sums_samples_by_way_of_pairs_where_that_moves_less(name, columns):
+    C, rank, K, d = FORWARD_SIZES[name]
+    assert _component_forward_cuda.expanded_columns(1, C, rank, K, d, 4) == columns
+
+
+def test_cuda_holds_a_bounded_part_of_what_pairs_give():
+    columns = _component_forward_cuda.expanded_columns(1, 2000, 50, 65536, 4096, 4)
+    assert 0 < columns < 4096
+    assert columns % 128 == 0
+    assert columns * 65536 * 4 <= _component_forward_cuda.EXPANDED["bytes"]
+    assert _component_forward_cuda.expanded_columns(1, 2000, 50, 1 << 26, 4096, 4) == 128, "and never none"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("rank, per_component, first", [(50, 20, "cuda"), (1, 200, "cuda"), (50, 200, "triton")])
+def test_cuda_gives_way_to_tensor_cores_where_arithmetic_is_the_floor(everybody_runs, rank, per_component, first):
+    case = testing.Case("", 1, per_component, 2, rank, 3, 4, n_outputs=0, k=2.0)
+    x, A, B, selection = testing.inputs("component_forward_selected", case)
+    args = x, A, B, *selection
+    rest = testing.inputs("component_forward_selected_accumulate", case)
+    backward = (*rest[:5], *selection, True, *rest[6:])
+    for op, given in (("", args), ("_backward", backward), ("_accumulate", backward)):
+        names, why = backends.order(f"component_forward_selected{op}", *given)
+        assert names[0] == first
+        assert bool(why) == (first == "triton")
+        with use_precision("ieee"):  # which leaves tensor cores alone
+            assert backends.order(f"component_forward_selected{op}", *given)[0][0] == "cuda"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize(
+    "sizes, first", [((2048, 40, 11, 40, 10, 40), "cuda"), ((4096, 2000, 4, 8, 512, 512), "triton")]
+)
+def test_cuda_gives_way_to_tensor_cores_where_attributions_are_arithmetic(everybody_runs, sizes, first):
+    batch, C, rank, d_in, d_out, n_outputs = sizes
+    on = {"device": "meta"}  # sizes are all that is asked for
+    A, B = torch.empty(1, C, d_in, rank, **on), torch.empty(1, C, rank, d_out, **on)
+    layer = [torch.empty(1, batch, d_in, **on)], [torch.empty(1, batch, n_outputs, d_out, **on)], [A], [B]
+    for op, args in (("", layer), ("_backward", (torch.empty(1, batch, C, **on), *layer))):
+        names, why = backends.order(f"attribution_reduce{op}", *args)
+        assert names[0] == first
+        assert bool(why) == (first == "triton")
+        with use_precision("ieee"):
+            assert backends.order(f"attribution_reduce{op}", *args)[0][0] == "cuda"
 
 
 def test_cuda_preferences_name_functions_that_exist():

@@ -227,9 +227,14 @@ def cpu_forward_selected_accumulate(grad_y: Tensor, x: Tensor, A: Tensor, B: Ten
     return grad_x
 
 
+def outputs(x: Tensor, B: Tensor, n_pairs: int) -> tuple[Tensor, Tensor]:
+    """y [I, b, d_out] and u [I, K, m], with nothing in them."""
+    return x.new_empty(x.shape[0], x.shape[1], B.shape[3]), x.new_empty(x.shape[0], n_pairs, B.shape[2])
+
+
 def _selected_fake(x: Tensor, A: Tensor, B: Tensor, *selection: Tensor) -> tuple[Tensor, Tensor]:
     _check_selected(x, A, B, Selection(*selection))
-    return x.new_empty(x.shape[0], x.shape[1], B.shape[3]), x.new_empty(x.shape[0], selection[0].shape[1], B.shape[2])
+    return outputs(x, B, selection[0].shape[1])
 
 
 def _backward_fake(

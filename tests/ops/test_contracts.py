@@ -294,7 +294,8 @@ def test_contract_one_tensor_in_several_places(op, backend):
 def test_contract_nan_everywhere_is_nan_everywhere(op, backend):
     args = testing.inputs(op, "odd")
     if op == "component_forward_selected":  # where nothing is selected, nothing can be NaN
-        everything = ops.batch_topk(args[0].new_ones(2, 37, 13), 37 * 13)
+        with backends.use_backend("reference"):  # that of the test may have no kernel for this one
+            everything = ops.batch_topk(args[0].new_ones(2, 37, 13), 37 * 13)
         args = (*args[:3], everything)
     if op in ("schatten", "schatten_factored"):
         args = (*args[:2], args[2] + 1, *args[3:])
