@@ -175,14 +175,17 @@ def topk_sizes(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lower
 
 
+QUICK_KINDS = {torch.float32: 3, torch.bfloat16: 1, torch.float64: 0, torch.float16: 0}
+
+
 def topk_kinds(routes: Iterable[Any], quick: Sequence[str]) -> pytest.MarkDecorator:
-    """`route, dtype, kind`: in every run some scores, in float32, and one kind in each dtype; the rest is slow."""
+    """`route, dtype, kind`: in every run the first of the quick kinds, as many as the dtype has; the rest is slow."""
     return pytest.mark.parametrize(
         "route, dtype, kind",
         [
             pytest.param(
                 route, dtype, kind, id=f"{route}-{names(dtype)}-{kind}",
-                marks=() if kind == quick[0] or (kind in quick and dtype == torch.float32) else pytest.mark.slow,
+                marks=() if kind in quick[: QUICK_KINDS[dtype]] else pytest.mark.slow,
             )
             for route in routes for dtype in DTYPES for kind in TOPK_SCORES
         ],
