@@ -155,20 +155,23 @@ def test_forward_by_way_of_pairs_does_not_depend_on_the_order_of_threads(op, exp
 
 @pytest.mark.parametrize("way", ["direct", "by way of pairs"])
 def test_forward_of_uneven_and_padded_selections(way, request):
-    """One component takes nearly all, others nothing; and lists of exact k, which end before their memory does."""
+    """One component takes nearly all, others nothing, whatever they hold; and lists of exact k, which end before their
+    memory does."""
     if way != "direct":
         request.getfixturevalue("expanded")
     x, A, B, _ = testing.inputs("component_forward_selected", testing.Case("", 2, 70, 40, 9, 20, 140, n_outputs=0))
     scores = torch.rand(2, 70, 40)
     scores[:, :, 33] += 1
     scores[:, ::9, 3] += 1
+    scores[:, :, 0] = -1  # where reads of what is not there would end up
     with backends.use_backend("reference"):
         uneven = ops.batch_topk(scores, 80)
         padded = ops.batch_topk(scores, torch.tensor([75, 4]))
     assert padded.offsets[:, -1].tolist() == [75, 4]
     assert padded.sample.shape[1] > 4
-    for selection in (uneven, padded):
-        assert_matches("component_forward_selected", (x, A, B, selection))
+    assert_matches("component_forward_selected", (x, A, B, padded))
+    A[:, 0], B[:, 0] = torch.inf, torch.nan
+    assert_matches("component_forward_selected", (x, A, B, uneven))
 
 
 LARGE_TILES = testing.Case("large tiles", 1, 2, 67, 3, 18, 21, n_outputs=131)  # two of 64 components, of 128 outputs
