@@ -316,7 +316,5 @@ def test_cuda_preferences_name_functions_that_exist():
 @needs_nvcc
 def test_cuda_has_a_line_in_info():
     (line,) = [line for line in _info.lines() if line.startswith("  _C_cuda")]
-    archs = ", ".join(
-        f"sm_{a}" for a in json.loads(Path(fastapd.__file__).with_name("_build_info.json").read_text())["cuda_archs"]
-    )
+    archs = ", ".join(f"sm_{arch}" for arch in _native.build_info()["cuda_archs"])
     assert f"{archs} and PTX of the newest, kernels for {len(CUDA)} of {len(backends.TABLE)} operations; " in line
