@@ -186,7 +186,6 @@ void component_svdvals(Stream stream, const T* At, const T* B, double* values, d
   cores.scales = scales;
   cores.scaled = sizeof(T) == sizeof(double);
   cores.values = values;
-  cores.p = 1;
   cores.n_groups = n.n_instances * n.n_components;
   cores.rank = static_cast<int>(n.rank);
   svd_cores(op, stream, cores, most_in_warp);
@@ -201,7 +200,7 @@ void schatten(const char* op, Stream stream, const T* At, const T* B, const int6
   if (n.rank > 0) {
     grams_of(op, stream, At, B, counts, grams, scales, n);
     const Cores cores = {grams, scales, sizeof(T) == sizeof(double), counts, nullptr, partials,
-                         gradient, p, eps, batch, scale, n_groups, static_cast<int>(n.rank)};
+                         gradient, exponent_of(p, eps), batch, scale, n_groups, static_cast<int>(n.rank)};
     svd_cores(op, stream, cores, most_in_warp);
   }
   if (n.rank > 0 && gradient) {

@@ -39,8 +39,8 @@ __device__ inline void clear_of_warp(int64_t d, T* grad) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
-    factored_kernel(const T* At, const T* B, const int64_t* counts, double p, double eps, int64_t batch, double scale,
+__global__ void __launch_bounds__(kRowThreads, 1)
+    factored_kernel(const T* At, const T* B, const int64_t* counts, Exponent exponent, int64_t batch, double scale,
                     bool accumulate, bool gradient, T* grad_At, T* grad_B, double* partials, int64_t n_rows, int m,
                     int64_t d_in, int64_t d_out) {
   const int64_t row = warp_of_grid();
@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kRowThreads)
       clear_of_warp(d_in, grad_At + row * d_in);
       clear_of_warp(d_out, grad_B + row * d_out);
     }
-    if (first) partials[row] = unused_term(count, batch, p / 2, eps);
+    if (first) partials[row] = unused_term(count, batch, exponent);
     return;
   }
   const T *a = At + row * d_in, *b = B + row * d_out;
   const double norm_a = square_of_warp(a, d_in), norm_b = square_of_warp(b, d_out), weight = static_cast<double>(count);
-  const Power power = power_of(norm_a * norm_b + eps, p / 2);
-  if (first) partials[row] = weight * power.value + unused_term(count, batch, p / 2, eps);
+  const Power power = power_of(norm_a * norm_b, exponent);
+  if (first) partials[row] = weight * power.value + unused_term(count, batch, exponent);
   if (!gradient) return;
   const double step = 2 * scale * weight * power.slope;
   scale_of_warp(a, step * norm_b, d_in, accumulate, grad_At + row * d_in);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kPowerThreads)
-    powers_kernel(const double* norms, const T* mask, double p, double eps, bool gradient, T* grad_mask, double* to_S,
+    powers_kernel(const double* norms, const T* mask, Exponent exponent, bool gradient, T* grad_mask, double* to_S,
                   double* partials, int64_t n_rows, int64_t n_components, int m, int64_t batch, int64_t n_batch,
                   int64_t n_across) {
   FASTAPD_SHARED(double, to_mask, kSamples* kPowerThreads);  // a column a thread
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kPowerThreads)
 #pragma unroll 1
     for (int s = 0; s < n; ++s) {
       const double weight = widened(mask[at + s * n_components]);
-      const Power power = power_of(weight * S + eps, p / 2);
+      const Power power = power_of(weight * S, exponent);
       total += power.value;
       if (!gradient) continue;
       step_S += weight * power.slope;
@@ -145,8 +145,9 @@ void schatten_factored(const char* op, Stream stream, const T* At, const T* B, c
                        double* partials, SchattenSizes n) {
   const int64_t of_instance = n.n_components * n.rank, n_rows = n.n_instances * of_instance;
   const bool gradient = grad_At != nullptr || grad_B != nullptr;  // one is null when it has no entries
-  launch(op, factored_kernel<T>, ceil_div(n_rows, kRowThreads / kWarp), kRowThreads, 0, stream, At, B, counts, p, eps,
-         batch, scale, accumulate, gradient, grad_At, grad_B, partials, n_rows, n.rank, n.d_in, n.d_out);
+  launch(op, factored_kernel<T>, ceil_div(n_rows, kRowThreads / kWarp), kRowThreads, 0, stream, At, B, counts,
+         exponent_of(p, eps), batch, scale, accumulate, gradient, grad_At, grad_B, partials, n_rows, n.rank, n.d_in,
+         n.d_out);
   schatten_total(op, stream, partials, loss, n.n_instances, of_instance);
 }
 
@@ -163,19 +164,20 @@ void schatten_masked(const char* op, Stream stream, const T* At, const T* B, con
   const MaskedParts parts = schatten_masked_parts(n.n_components, batch);
   const int64_t row_blocks = ceil_div(n_rows, kRowThreads / kWarp), tiles = parts.batch * parts.across;
   launch(op, norms_kernel<T>, row_blocks, kRowThreads, 0, stream, At, B, norms, n_rows, n.d_in, n.d_out);
-  launch(op, powers_kernel<T>, n.n_instances * tiles, kPowerThreads, 0, stream, norms, mask, p, eps, gradient,
-         grad_mask, to_S, partials, n_rows, n.n_components, n.rank, batch, parts.batch, parts.across);
+  launch(op, powers_kernel<T>, n.n_instances * tiles, kPowerThreads, 0, stream, norms, mask,
+         exponent_of(p, eps), gradient, grad_mask, to_S, partials, n_rows, n.n_components, n.rank, batch, parts.batch,
+         parts.across);
   if (gradient)
     launch(op, spread_kernel<T>, row_blocks, kRowThreads, 0, stream, At, B, norms, to_S, grad_At, grad_B, n_rows,
            n.d_in, n.d_out, parts.batch);
   schatten_total(op, stream, partials, loss, n.n_instances, tiles);
 }
 
-#define FASTAPD_INSTANTIATE(T)                                                                                        \
-  template void schatten_total<T>(const char*, Stream, const double*, T*, int64_t, int64_t);                          \
-  template void schatten_factored<T>(const char*, Stream, const T*, const T*, const int64_t*, double, double, int64_t, \
-                                     double, bool, T*, T*, T*, double*, SchattenSizes);                               \
-  template void schatten_masked<T>(const char*, Stream, const T*, const T*, const T*, double, double, int64_t, T*,    \
+#define FASTAPD_INSTANTIATE(T)                                                                                     \
+  template void schatten_total<T>(const char*, Stream, const double*, T*, int64_t, int64_t);                       \
+  template void schatten_factored<T>(const char*, Stream, const T*, const T*, const int64_t*, double, double,      \
+                                     int64_t, double, bool, T*, T*, T*, double*, SchattenSizes);                   \
+  template void schatten_masked<T>(const char*, Stream, const T*, const T*, const T*, double, double, int64_t, T*, \
                                    T*, T*, T*, double*, double*, double*, SchattenSizes);
 FASTAPD_INSTANTIATE(float)
 FASTAPD_INSTANTIATE(double)

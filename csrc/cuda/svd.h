@@ -11,6 +11,15 @@ constexpr int kMostInWarp = 32;     // rank of a core whose columns stay in the 
 constexpr int kMostRank = 128;      // of one whose matrix fits the shared memory of a block
 constexpr int kBlockThreads = 512;  // of such a block
 
+// Of (s + eps)^half. The power of eps alone, which all that is zero or unused contributes, comes from the host and is
+// as exact as pow.
+struct Exponent {
+  double half, eps, of_eps;
+};
+inline Exponent exponent_of(double p, double eps) {
+  return {p / 2, eps, p == 1 ? sqrt(eps) : pow(eps, p / 2)};
+}
+
 // For each component the decomposition of R_A R_B^T; either its part of a sum and the matrices of its gradients, or its
 // singular values.
 struct Cores {
@@ -22,7 +31,7 @@ struct Cores {
   double* values;         // [groups, m], descending; or null
   double* partials;       // [groups], what each adds to the sum; or null
   bool gradient;
-  double p, eps;
+  Exponent exponent;
   int64_t batch;
   double scale;  // of the gradients
   int64_t n_groups;
@@ -51,24 +60,25 @@ __device__ inline double power_by_log(double base, double logarithm, double expo
 }
 
 struct Power {
-  double value, slope;  // s^half and half s^(half - 1)
+  double value, slope;  // (s + eps)^half and half (s + eps)^(half - 1)
 };
 
-// The slope is zero at zero, where that of a root is infinite (only possible with eps = 0).
-__device__ inline Power power_of(double base, double half) {
+// The slope is zero where s + eps is, where that of a root is infinite (only possible with eps = 0).
+__device__ inline Power power_of(double s, Exponent exponent) {
+  const double base = s + exponent.eps, half = exponent.half;
   if (half == 1) return {base, 1};
   if (half == 0.5) {
     const double root = sqrt(base);
     return {root, base == 0 ? 0 : 0.5 / root};
   }
   const double logarithm = log(fabs(base));
-  return {power_by_log(base, logarithm, half),
+  return {base == exponent.eps ? exponent.of_eps : power_by_log(base, logarithm, half),
           base == 0 && half < 1 ? 0 : half * power_by_log(base, logarithm, half - 1)};
 }
 
 // What the eps of the samples that do not use a component contributes to the sum, for each rank; none if batch < 0.
-__device__ inline double unused_term(int64_t count, int64_t batch, double half, double eps) {
-  return batch < 0 || count == batch ? 0 : static_cast<double>(batch - count) * power_of(eps, half).value;
+__device__ inline double unused_term(int64_t count, int64_t batch, Exponent exponent) {
+  return batch < 0 || count == batch ? 0 : static_cast<double>(batch - count) * exponent.of_eps;
 }
 
 // The number as what is stored: through float for half precision.

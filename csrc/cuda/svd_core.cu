@@ -233,10 +233,10 @@ __global__ void __launch_bounds__(kWarps<M>* kWarp, 1) core_in_warp_kernel(Cores
     if (there && place < m) c.values[g * m + place] = sigma * back;
     return;
   }
-  const Power power = power_of(sigma * back * (sigma * back) + c.eps, c.p / 2);
+  const Power power = power_of(sigma * back * (sigma * back), c.exponent);
   const double total = sum_of_group<M>(mine ? power.value : 0);
   const double weight = static_cast<double>(count);
-  if (there && j == 0) c.partials[g] = (used ? weight * total : 0) + m * unused_term(count, c.batch, c.p / 2, c.eps);
+  if (there && j == 0) c.partials[g] = (used ? weight * total : 0) + m * unused_term(count, c.batch, c.exponent);
   if (!c.gradient) return;
   const bool zero = sigma <= kZero * max_of_group<M>(sigma);
   weights[j] = zero || !mine ? 0 : 2 * power.slope * weight * c.scale * back;
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) core_in_block_kernel(Cores c
   const int m = c.rank, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t g = blockIdx.x, count = c.counts == nullptr ? 1 : c.counts[g];
   double *lengths = x + m * m, *roots = lengths + m, *sigmas = roots + m, *weights = sigmas + m, *terms = weights + m;
-  const double off = c.partials == nullptr ? 0 : m * unused_term(count, c.batch, c.p / 2, c.eps);
+  const double off = c.partials == nullptr ? 0 : m * unused_term(count, c.batch, c.exponent);
   if (count == 0) {
     if (threadIdx.x == 0) c.partials[g] = off;
     return;
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) core_in_block_kernel(Cores c
   if (c.values != nullptr) return;
   if (j < m) {
     const double sigma = sigmas[j];
-    const Power power = power_of(sigma * back * (sigma * back) + c.eps, c.p / 2);
+    const Power power = power_of(sigma * back * (sigma * back), c.exponent);
     terms[j] = power.value;
     const bool zero = sigma <= kZero * most;
     weights[j] = zero ? 0 : 2 * power.slope * static_cast<double>(count) * c.scale * back;
