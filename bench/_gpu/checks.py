@@ -51,6 +51,12 @@ def backends_of(op: str) -> list[str]:
     return [name for name in backends.TABLE[op] if name not in absent]
 
 
+def could_choose(op: str) -> list[str]:
+    """Those that fastapd chooses by itself at one size or another."""
+    names = backends_of(op)
+    return [name for name in names if name == names[0] or (op, name) in backends.PREFERRED]
+
+
 def cases(card: Card, quick: bool) -> list[Case]:
     """Cheap ones first."""
     if card.rehearsal:

@@ -24,7 +24,7 @@ from bench import (
     bench_component_sum,
 )
 from bench._gpu.card import Card
-from bench._gpu.checks import backends_of, relative_error
+from bench._gpu.checks import backends_of, could_choose, relative_error
 from bench._gpu.contest import TF32_TOLERANCE, Candidate, Contest, Work, mode_and_base
 from bench.cases import Case, Problem, problem
 from bench.harness import TOLERANCE, Contender
@@ -84,9 +84,12 @@ def contest(
         _, base = mode_and_base(name)
         if not base.startswith("fastapd") and base not in backends.BACKENDS:
             return ""
-        own = [(op, base if base in backends.BACKENDS else backends_of(op)[0]) for op in ops]
-        own += [("step", "")] if group.startswith("step/") else []
-        wrong = [f"{op} on {backend}" for op, backend in own if (op, backend) in red]
+        own = [("step", "")] if group.startswith("step/") else []
+        for op in ops:
+            choices = could_choose(op)
+            own += [(op, name) for name in ([base] if base in backends.BACKENDS else choices)]
+            own += [(op, "fastapd")] if base not in backends.BACKENDS or base in choices else []
+        wrong = [f"{op} on {backend}".removesuffix(" on ") for op, backend in own if (op, backend) in red]
         return f"a check of {', '.join(wrong)} failed" if wrong else ""
 
     return Contest(
