@@ -15,8 +15,8 @@
 // block bisects the scores themselves, exactly and slowly. No two scores have the same place, so ties change none of
 // this.
 //
-// Memory beyond the lists is a quarter byte for each score, and for each survivor a key and a flat index, with room for
-// some more. Where K is above a half of the scores, a mask would be the better selection.
+// Memory beyond the lists: for `few`, a key and a flat index for each score; for `many`, the same for each survivor, with
+// room for some more, and two bits for each score, of batches that are not much smaller than 32. Where K is above a half of the scores, a mask would be the better selection.
 #include "cuda/topk_floor.h"
 
 namespace fastapd::cuda {
