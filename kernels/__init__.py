@@ -1,5 +1,5 @@
-"""Triton kernels, a file for each op, with private files beside it where one would be too long. The folder is installed as
-`fastapd.kernels`, never under its own name."""
+"""Triton kernels, a file for each op, with private files beside it where one would be too long. The folder is installed
+as `fastapd.kernels`, never under its own name."""
 
 if __name__ != "fastapd.kernels":
     # From the repository root this folder hides the `kernels` package of PyPI; say so instead of half working.

@@ -64,7 +64,8 @@ def test_backends_testing_covers_every_row():
 def test_backends_explain_gives_a_reason_for_each_backend():
     why = backends.explain("batch_topk", SCORES, 3)
     assert tuple(why) == backends.BACKENDS
-    assert len(why["cuda"]) == 1
+    absent = _native.load("_C_cuda").reason
+    assert why["cuda"] == [absent or "the tensors are on cpu, not on a CUDA device"]
     assert why["triton"] in (["triton is not installed"], ["the tensors are on cpu, not on a CUDA device"])
     assert why["cpu"] == why["reference"] == []
     assert fastapd.explain("batch_topk", SCORES.half(), 3)["cpu"] == [
