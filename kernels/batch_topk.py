@@ -162,7 +162,7 @@ def collect_config(p: Plan, capability: tuple[int, int]) -> dict[str, int]:
 
 
 def small_config(batch: int, n_components: int) -> dict[str, int]:
-    """At most 32 scores a thread while the threshold is looked for, eight then."""
+    """At most 32 scores a thread while the threshold is looked for, eight then; all registers, or some ptxas spill."""
     size, block_c = block(batch * n_components, 64, SMALL), block(n_components, 2, SMALL)
     warps = max(4, min(16, size // 512))
     return {
@@ -171,6 +171,7 @@ def small_config(batch: int, n_components: int) -> dict[str, int]:
         "BLOCK_C": block_c,
         "num_warps": warps,
         "num_stages": 1,
+        "maxnreg": min(255, 2048 // warps),
     }
 
 

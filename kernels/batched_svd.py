@@ -102,8 +102,8 @@ def apply_config(d: int, rank: int, capability: tuple[int, int]) -> dict[str, in
 
 def rows_config(d: int, capability: tuple[int, int]) -> dict[str, int]:
     """Up to 8 numbers a thread and step of the walk; few rows, as every thread of a warp computes its rows' powers."""
-    block_d = block(d, 16, 256)
-    return {"BLOCK_ROWS": max(2, min(8, 512 // block_d)), "BLOCK_D": block_d, "num_warps": 2, "num_stages": 2}
+    block_d, launched = block(d, 16, 256), {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
+    return {"BLOCK_ROWS": max(2, min(8, 512 // block_d)), "BLOCK_D": block_d, **launched}
 
 
 def powers_config(batch: int, n_components: int, capability: tuple[int, int]) -> dict[str, int]:
