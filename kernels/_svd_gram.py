@@ -5,8 +5,8 @@
     factor     G = R^T R; a program owns MATRICES of them, in registers
 
 The product of two float32 numbers is exact in float64, so only sums round, and two numbers hold each: a Gram matrix
-squares the condition number, and in float64 alone the second of two equal columns would leave a pivot of 1e-16, a
-singular value of 1e-8 that is not there, to which an eps of 1e-16 gives a gradient of order one.
+squares the condition number, and in float64 alone the second of two equal columns would leave a pivot of about 1e-16
+and with it a singular value, about 1e-9 to 1e-8 of the largest, that is not there.
 
 Tiles of `factor` are [row, matrix, column], so that a thread holds whole columns of small matrices and sums over rows
 need no other thread, as long as there is a column for each thread of a block. It is right up to `MOST_RANK` of
