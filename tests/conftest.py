@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastapd import _native, backends, use_precision
+from fastapd import _native, backends, testing, use_precision
 
 
 @functools.cache
@@ -67,17 +68,42 @@ def chosen_backend() -> Iterator[None]:
     backends._forced, backends._environment_read = before
 
 
+def _few(case: testing.Case) -> testing.Case:
+    """A case for the interpreter, which runs a hundred programs a second: fewer of all that they are counted by."""
+    most = {"n_instances": 2, "batch": 9, "n_components": 5, "rank": 3, "n_outputs": 4}
+    return dataclasses.replace(case, **{name: min(n, getattr(case, name)) for name, n in most.items()})
+
+
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend named by the parameter, forced for the test; Triton's kernels run in the checked interpreter."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backend named by the parameter, forced for the test.
+
+    Triton's kernels run in the checked interpreter, at a few samples and components of every case; check_interpreter.py
+    takes the cases as they are.
+    """
     if request.param == "cpu" and (reason := _native.load("_C").reason):
         pytest.skip(reason)
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use_backend(request.param))
         if request.param == "triton":
+            for name, case in testing.CASES.items():
+                monkeypatch.setitem(testing.CASES, name, _few(case))
             stack.enter_context(use_precision("ieee"))
             stack.enter_context(_load("triton/checked").checked())
         yield request.param
+
+
+@pytest.fixture
+def repeats(backend: str) -> int:
+    """How often an answer is asked for again; the interpreter runs its programs one by one, always in one order."""
+    return 2 if backend == "triton" else 100
+
+
+@pytest.fixture
+def several_threads(backend: str) -> None:
+    """For tests that call a backend from several Python threads."""
+    if backend == "triton":
+        pytest.skip("Triton's interpreter keeps what it is doing in globals: one thread")
 
 
 HERE = Path(__file__).parent

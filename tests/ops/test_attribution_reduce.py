@@ -250,10 +250,10 @@ def test_attribution_reduce_leaves_its_inputs_alone(backend):
 
 
 @each
-def test_attribution_reduce_repeats_bit_for_bit(backend):
+def test_attribution_reduce_repeats_bit_for_bit(backend, repeats):
     args = testing.inputs(OP, "odd")
     first = with_gradients(args)
-    for _ in range(100):
+    for _ in range(repeats):
         testing.assert_bit_equal(with_gradients(args), first)
 
 

@@ -180,10 +180,10 @@ def test_schatten_leaves_its_inputs_alone(op, backend):
 
 
 @every
-def test_schatten_repeats_bit_for_bit(op, backend):
+def test_schatten_repeats_bit_for_bit(op, backend, repeats):
     args = testing.inputs(op, "odd")
     first = with_gradients(op, args)
-    for _ in range(100):
+    for _ in range(repeats):
         testing.assert_bit_equal(with_gradients(op, args), first)
 
 

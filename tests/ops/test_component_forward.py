@@ -182,10 +182,10 @@ def test_component_forward_leaves_its_inputs_alone(op, backend):
 
 
 @both
-def test_component_forward_repeats_bit_for_bit(op, backend):
+def test_component_forward_repeats_bit_for_bit(op, backend, repeats):
     args = testing.inputs(op, "resid")
     first = with_gradients(op, args)
-    for _ in range(100):
+    for _ in range(repeats):
         testing.assert_bit_equal(with_gradients(op, args), first)
 
 
@@ -200,6 +200,7 @@ def test_component_forward_selected_is_independent_of_threads(backend, dtype, th
         testing.assert_bit_equal(with_gradients(SELECTED, args), alone)
 
 
+@pytest.mark.usefixtures("several_threads")
 @both
 def test_component_forward_serves_several_python_threads(op, backend):
     problems = [testing.inputs(op, "tms_40", seed=seed) for seed in range(4)]

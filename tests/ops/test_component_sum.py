@@ -182,11 +182,11 @@ def test_component_sum_leaves_its_inputs_alone(op, backend):
 
 
 @both
-def test_component_sum_repeats_bit_for_bit(op, backend):
+def test_component_sum_repeats_bit_for_bit(op, backend, repeats):
     args = testing.inputs(op, "resid")
     cotangents = testing.random_cotangents(testing.run(op, args).outputs)
     first = testing.run(op, args, cotangents)
-    for _ in range(100):
+    for _ in range(repeats):
         testing.assert_bit_equal(testing.run(op, args, cotangents), first)
 
 
