@@ -70,7 +70,7 @@ def chosen_backend() -> Iterator[None]:
 
 def _few(case: testing.Case) -> testing.Case:
     """A case for the interpreter, which runs a hundred programs a second: fewer of all that they are counted by."""
-    most = {"n_instances": 2, "batch": 9, "n_components": 5, "rank": 3, "n_outputs": 4}
+    most = {"n_instances": 2, "batch": 9, "n_components": 7, "rank": 3, "n_outputs": 4}
     return dataclasses.replace(case, **{name: min(n, getattr(case, name)) for name, n in most.items()})
 
 
@@ -191,7 +191,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[Any]:
     """A test that hands float64 to the Triton kernels, which refuse it, is skipped with that reason."""
     try:
         return (yield)
-    except NotImplementedError as error:
+    except Exception as error:  # torch and pytest.raises wrap what a backend says
         callspec = getattr(pyfuncitem, "callspec", None)
         refused = "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
         if callspec is not None and callspec.params.get("backend") == "triton" and refused in str(error):
