@@ -57,15 +57,17 @@ class TransposedLinear(nn.Module):
 class _Adapter(NamedTuple):
     weight: Callable[[Any], Tensor]
     """The matrix as [n_instances, d_in, d_out]."""
+    stored: Callable[[Tensor], Tensor] | None
+    """A matrix [n_instances, d_in, d_out] as the module's own `weight` holds it; None if the module has none."""
     bias: Callable[[Any], Tensor | None]
     instances: bool
     """Whether inputs arrive as [n_instances, batch, d_in]; otherwise as [.., d_in], every row a sample."""
 
 
 _ADAPTERS: dict[type[Any], _Adapter] = {
-    Linear: _Adapter(lambda m: m.weight, lambda m: None, True),
-    TransposedLinear: _Adapter(lambda m: m.owner.weight.mT, lambda m: None, True),
-    nn.Linear: _Adapter(lambda m: m.weight.mT.unsqueeze(0), lambda m: m.bias, False),
+    Linear: _Adapter(lambda m: m.weight, lambda W: W, lambda m: None, True),
+    TransposedLinear: _Adapter(lambda m: m.owner.weight.mT, None, lambda m: None, True),
+    nn.Linear: _Adapter(lambda m: m.weight.mT.unsqueeze(0), lambda W: W[0].mT, lambda m: m.bias, False),
 }
 
 
@@ -86,6 +88,13 @@ class Site(NamedTuple):
     def shape(self) -> LayerShape:
         _, d_in, d_out = self.weight.shape
         return LayerShape(d_in, d_out, self.tied_to)
+
+    def state(self, weight: Float[Tensor, "I d_in d_out"]) -> dict[str, Tensor]:
+        """What the target's state dict holds if this is the layer's matrix; a tied layer has none there."""
+        if self.adapter.stored is None:
+            return {}
+        own: Any = self.module.weight
+        return {f"{self.name}.weight": self.adapter.stored(weight).to(own.dtype)}
 
     def to_instances(self, x: Tensor) -> Float[Tensor, "I b d"]:
         return x if self.adapter.instances else x.reshape(1, -1, x.shape[-1])
