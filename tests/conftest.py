@@ -79,7 +79,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The backend named by the parameter, forced for the test.
 
     Triton's kernels run in the checked interpreter, at a few samples and components of every case; check_interpreter.py
-    takes the cases as they are.
+    takes more of them.
     """
     if request.param == "cpu" and (reason := _native.load("_C").reason):
         pytest.skip(reason)
