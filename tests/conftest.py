@@ -111,14 +111,26 @@ CHECK = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider", "-o", "pyt
 INTERPRET = {"TRITON_INTERPRET": "1"}
 FAR = [*CHECK[:-2], str(HERE / "ops" / "test_contracts.py"), "-k", "triton and more_elements"]
 CUDA = str(HERE / "cuda")
+OPS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "ops"), "-k"]
+PARTS = ("component", "attribution", "topk", "svd or schatten", "thin or norm or along")
+COMPILED = str(HERE / "triton" / "compiled.py")
 COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
     "cuda emulated": ([*CHECK, CUDA, "-k", "check_emulat"], {"FASTAPD_EMULATED_CUDA": "1"}),
     "cuda sanitizers": ([*CHECK, CUDA, "-k", "check_sanitizers"], {}),
     "triton interpreter": ([*CHECK, str(HERE / "triton")], INTERPRET),
     "triton far": (FAR, INTERPRET),
-    **{f"triton sm_{sm}": ([str(HERE / "triton" / "compiled.py"), "--sm", str(sm)], {}) for sm in (80, 90, 100)},
+    **{f"triton sm_{sm}": ([COMPILED, "--sm", str(sm)], {}) for sm in (80, 90, 100)},
+    "triton ops contract": ([*OPS, "triton and contract and not more_elements"], INTERPRET),
+    **{f"triton ops {part}": ([*OPS, f"triton and ({part}) and not contract"], INTERPRET) for part in PARTS},
+    "triton interpreter in full": ([*CHECK, str(HERE / "triton"), "-m", "slow"], INTERPRET),
+    "cuda ops": ([*OPS, "cuda"], {"FASTAPD_EMULATED_CUDA": "1"}),
+    "cuda in every case": ([*CHECK, CUDA, "-k", "check_emulated", "-m", "slow"], {"FASTAPD_EMULATED_CUDA": "1"}),
+    "cuda sanitizers in full": ([*CHECK, CUDA, "-k", "check_sanitizers", "-m", "slow"], {}),
+    **{f"triton sm_{sm} in full": ([COMPILED, "--sm", str(sm), "--full"], {}) for sm in (80, 90, 100)},
 }
 """What a lane runs with this Python, and with which settings."""
+LIMIT = 3600
+"""Seconds that a lane may take."""
 
 
 class Lanes:
@@ -142,7 +154,11 @@ class Lanes:
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._running.add(running)
-        printed, _ = running.communicate()
+        try:
+            printed, _ = running.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            printed = f"{running.communicate()[0]}\nnot done after {LIMIT} seconds"
         self._running.discard(running)
         counts = [line for line in printed.splitlines() if line.startswith(("interpreted", "compiled", "emulated"))]
         self.said += [f"{name.split()[0]} {line}" for line in counts]
@@ -150,7 +166,7 @@ class Lanes:
 
     def result(self, name: str) -> tuple[int, str]:
         """The exit status of a lane and what it printed, once it has ended."""
-        return self._done[name].result(timeout=1500)
+        return self._done[name].result()
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,39 +57,17 @@ def test_cuda_lane(lanes, lane):
     assert "skipped" not in printed.splitlines()[-1], printed
 
 
-def in_full(*arguments: str, settings: dict[str, str]) -> str:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTAPD_", "TRITON_", "PYTEST_"))}
-    env |= {"OMP_WAIT_POLICY": "passive", **settings}
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True, timeout=3600, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 @needs_gxx
 @pytest.mark.slow
-def test_cuda_passes_the_tests_of_the_ops():
-    printed = in_full("tests/ops", "-k", "cuda", settings={"FASTAPD_EMULATED_CUDA": "1"})
+@pytest.mark.parametrize("lane", ["cuda ops", "cuda in every case", "cuda sanitizers in full"])
+def test_cuda_in_full(lanes, lane):
+    """What the lanes above leave out: the tests of the ops, cases of thousands of blocks, ranks that fill one, every
+    edge on every route, and more mistakes."""
+    code, printed = lanes.result(lane)
+    assert code == 0, printed[-8000:]
     assert re.search(r"\d+ passed", printed)
-    assert "skipped" not in printed.splitlines()[-1], printed
+    assert lane != "cuda ops" or "skipped" not in printed.splitlines()[-1], printed
     print(printed)
-
-
-@needs_gxx
-@pytest.mark.slow
-def test_cuda_matches_in_every_case():
-    """What the lane leaves out: cases of thousands of blocks, ranks that fill one, every edge on every route."""
-    lane = ["-o", "python_files=check_*.py", str(TESTS / "cuda"), "-k", "check_emulated", "-m", "slow"]
-    printed = in_full(*lane, settings={"FASTAPD_EMULATED_CUDA": "1"})
-    assert re.search(r"\d+ passed", printed)
-    print(printed)
-
-
-@needs_gxx
-@pytest.mark.slow
-def test_cuda_sanitizers_in_full():
-    lane = ["-o", "python_files=check_*.py", str(TESTS / "cuda"), "-k", "check_sanitizers", "-m", "slow or not slow"]
-    print(in_full(*lane, settings={}))
 
 
 # --------------------------------------------------------------------------------------------------- what nvcc has made

@@ -25,6 +25,10 @@ from fastapd import backends, ops
 
 TESTS = Path(__file__).parent
 LANES = TESTS / "triton"
+INTERPRET = {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
+CHECK = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider", "-o", "python_files=check_*.py", str(LANES)]
+PARTS = ("component", "attribution", "topk", "svd or schatten", "thin or norm or along")
+"""Of the tests of the ops, by what their names hold."""
 NEWEST, OLDEST = "3.9.0", "3.6.0"
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
@@ -61,32 +65,18 @@ def test_triton_interpreter_is_refused_where_it_is_off(monkeypatch):
         ops.component_sum(torch.zeros(2, 3, 1), torch.zeros(2, 1, 4))
 
 
-INTERPRET = {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
-CHECK = ["-m", "pytest", "-q", "-s", "-rs", "-p", "no:cacheprovider", "-o", "python_files=check_*.py", str(LANES)]
-
-
-@pytest.mark.slow
-def test_triton_interpreter_in_full():
-    print(run([*CHECK, "-m", "slow or not slow"], INTERPRET, timeout=3600))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["component", "attribution", "topk", "svd or schatten", "thin or norm or along", "contract"]
+    "lane",
+    ["triton interpreter in full", "triton sm_80 in full", "triton sm_90 in full", "triton sm_100 in full"]
+    + [f"triton ops {part}" for part in ("contract", *PARTS)],
 )
-def test_triton_passes_the_tests_of_the_ops(part):
-    """With float32 and half precision: tests that hand over float64 are skipped, with that reason."""
-    names = "contract" if part == "contract" else f"({part}) and not contract"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "-k", f"triton and {names}"]
-    printed = run(command, INTERPRET, timeout=3600)
-    assert re.search(r"\d+ passed", printed)
+def test_triton_in_full(lanes, lane):
+    """Tests of the ops that hand over float64 are skipped, with that reason."""
+    code, printed = lanes.result(lane)
+    assert code == 0, printed[-8000:]
+    assert re.search(r"^compiled|\d+ passed", printed, re.MULTILINE)
     print(printed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sm", [80, 90, 100])
-def test_triton_compiles_in_full(sm):
-    print(run([str(LANES / "compiled.py"), "--sm", str(sm), "--full"], {}, timeout=3600))
 
 
 @pytest.fixture(scope="module")
