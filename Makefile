@@ -24,8 +24,8 @@ test: lint ## what CI runs: lint, types, tests
 	@echo "test: running the tests"
 	@$(BIN)/python -P -m pytest -q -ra
 
-test-all: test ## test, then the tests marked slow: sanitizers, other builds
-	@echo "test-all: running the tests marked slow, which build under sanitizers and without OpenMP (minutes)"
+test-all: test ## test, then the tests marked slow: sanitizers, other builds, all of the GPU kernels (an hour)
+	@echo "test-all: running the tests marked slow: sanitizers, other builds, all of the GPU kernels (an hour on two cores)"
 	@$(BIN)/python -P -m pytest -q -ra -m slow
 
 lint: $(VENV)/.dev ## ruff and basedpyright
