@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,7 @@ def decompose(
     log_every: int = 100,
     progress: bool = False,
     cuda_graph: bool = False,
+    track: Callable[[dict[str, Any]], object] | None = None,
 ) -> Decomposition:
     """Decomposes layers of a target into components by APD.
 
@@ -208,6 +209,7 @@ def decompose(
             of its time: after the first three a step is captured, and again if the target's parameters or buffers
             change. For float32, float16 and bfloat16 targets on a CUDA device and batches of one shape; `activations`
             and `distance` must not wait for the device.
+        track: Called with every row of metrics; `fastapd.trackers` has sinks. Closed with the run if it has a `close`.
 
     Returns:
         The `Decomposition`, with the rows of metrics in `history`.
@@ -278,6 +280,8 @@ def decompose(
                 if run is not None:
                     run.log(row)
                     run.set_status("running", index, steps)
+                if track is not None:
+                    track(row)
                 if bar is not None:
                     bar.set_postfix({name: f"{row[name]:.2e}" for name in step.terms}, refresh=False)
             if bar is not None and index < steps:
@@ -295,6 +299,8 @@ def decompose(
     finally:
         if bar is not None:
             bar.close()
+        if close := getattr(track, "close", None):
+            close()
         if run is not None:
             result.save(run)
             run.set_status(state, index, steps, message)  # type: ignore[arg-type]
