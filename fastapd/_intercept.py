@@ -84,6 +84,18 @@ class Matrix(Tensor):
         new.site, new.layer, new.flipped = site, layer, flipped
         return new
 
+    def __rmatmul__(self, other: Any) -> Tensor:  # python asks this first for x @ W
+        if (y := _product(other, self)) is NotImplemented:
+            raise self._refusal("@")
+        return y
+
+    def _refusal(self, use: str) -> ValueError:
+        # no TypeError, which torch would take for an operand that another class may know
+        return ValueError(
+            f"decompose: {self.site.name} must be used as the matrix of a product x W, got {use}; decompose another "
+            "parameter, or let a module of its own hold this product"
+        )
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,11 +117,7 @@ class Matrix(Tensor):
                 bound = None
             found = NotImplemented if bound is None else handler(*bound.args, **bound.kwargs)
         if found is NotImplemented:
-            site = next(a.site for a in _flat(args, kwargs) if isinstance(a, Matrix))
-            raise TypeError(
-                f"decompose: {site.name} must be used as the matrix of a product x W, got {name}; "
-                "decompose another parameter, or let a module of its own hold this product"
-            )
+            raise next(a for a in _flat(args, kwargs) if isinstance(a, Matrix))._refusal(name)
         return found
 
 

@@ -104,6 +104,12 @@ def _of_use(components: Components, use: Use) -> tuple[Tensor, Tensor]:
     return A if use.ids is None else A.index_select(2, use.ids), B
 
 
+def _applied(use: Use, rows: Tensor, W: Tensor) -> Tensor:
+    if use.at is not None:
+        return W.index_select(1, use.at)
+    return rows @ (W.mT if use.transposed else W)
+
+
 class _Pass:
     """Takes the place of the sites in one run of the target."""
 
@@ -308,9 +314,7 @@ class ComponentModel:
                 return forward_selected_into_gradients(rows, *stored, active, *gradients)
             if active is None:
                 W = self.components.weight(name)
-                if use is None:
-                    return rows @ W
-                return rows @ W.mT if use.transposed else W if use.at is None else W.index_select(1, use.at)
+                return rows @ W if use is None else _applied(use, rows, W)
             A, B = self.components.factors(name) if use is None else _of_use(self.components, use)
             if isinstance(active, Selection):
                 ranked = A.shape[1] - always_on
@@ -345,10 +349,7 @@ class ComponentModel:
             name = key if use is None else use.site
             W = self.components.weight(name).detach() if of_components else self._by_name[name].weight
             W = weights[name] = W if mixed is None else W.to(mixed[0])
-            if use is not None and use.at is not None:
-                y = W.index_select(1, use.at)
-            else:
-                y = rows @ (W.mT if use is not None and use.transposed else W)
+            y = rows @ W if use is None else _applied(use, rows, W)
             if differentiable and not y.requires_grad:
                 y.requires_grad_()
             return y
