@@ -55,6 +55,9 @@ class Step(NamedTuple):
     is_relu: bool = False
 
 
+Linear = tuple[Callable[[Any], Tensor], Callable[[Any], Tensor | None]]
+
+
 class NotAChainError(Exception):
     """What a target does that a chain does not."""
 
@@ -136,19 +139,19 @@ class _Tracer(fx.Tracer):
 def trace(
     target: nn.Module,
     sites: dict[str, nn.Module],
-    linears: dict[type[nn.Module], tuple[Callable[[Any], Tensor], Callable[[Any], Tensor | None]]],
+    linear: Callable[[nn.Module], Linear | None],
 ) -> Chain:
     """Reads a target as a chain.
 
     Args:
         target: Any module.
         sites: Its decomposed modules by name.
-        linears: For each type of linear module, its matrix [.., d_in, d_out] and its bias.
+        linear: For a module that is a linear map, how to find its matrix [.., d_in, d_out] and its bias.
 
     Raises:
         NotAChainError: If it is none, with the first thing that does not fit.
     """
-    leaves = [m for m in target.modules() if type(m) in linears] + list(sites.values())
+    leaves = [m for m in target.modules() if linear(m) is not None] + list(sites.values())
     if any(leaf is target for leaf in leaves):
         raise NotAChainError("the target itself is a single layer")
     try:
@@ -158,7 +161,7 @@ def trace(
     except Exception as error:  # tracing runs the target's own code on proxies: anything may come out of it
         text = str(error).strip().splitlines()
         raise NotAChainError(f"it cannot be traced: {type(error).__name__}: {text[0] if text else ''}") from error
-    reader = _Reader(target, sites, linears)
+    reader = _Reader(target, sites, linear)
     steps = reader.read(graph)
     before: set[int] = set()
     for number, step in enumerate(steps):
@@ -170,8 +173,8 @@ def trace(
 class _Reader:
     """Turns the nodes of a graph into steps. What does not depend on the input is a constant, looked up when used."""
 
-    def __init__(self, target: nn.Module, sites: dict[str, nn.Module], linears: dict) -> None:
-        self.target, self.linears = target, linears
+    def __init__(self, target: nn.Module, sites: dict[str, nn.Module], linear: Callable) -> None:
+        self.target, self.linear = target, linear
         self.names = {id(module): name for name, module in sites.items()}
         self.steps: list[Step] = []
         self.numbers: dict[fx.Node, int] = {}
@@ -239,8 +242,8 @@ class _Reader:
         name = str(node.target)
         if source < 0 or node.kwargs or len(node.args) != 1:
             raise NotAChainError(f"{name} takes more than one value")
-        if id(module) in self.names or type(module) in self.linears:
-            matrix, bias = self.linears[type(module)]
+        if (found := self.linear(module)) is not None:
+            matrix, bias = found
             constant = (lambda: bias(module)) if bias(module) is not None else None
             self.leaves += [lambda: matrix(module), *([constant] if constant is not None else [])]
             if id(module) in self.names:
@@ -255,7 +258,7 @@ class _Reader:
             if getattr(module, "inplace", False):
                 raise NotAChainError(f"{name} works in place")
             self._add(node, Step("elementwise", (source,), name, module, is_relu=type(module) is nn.ReLU))
-        elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
+        elif isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):  # a target is run in evaluation mode
             self.numbers[node] = source
         else:
             raise NotAChainError(f"{name} is a {type(module).__name__}")
@@ -282,6 +285,8 @@ class _Reader:
             is_relu = function in (torch.relu, F.relu, "relu")
             step = Step("elementwise", (values[0],), name, lambda v: run(v, *rest, **kwargs), is_relu=is_relu)
             self._add(node, step)
+        elif function is F.dropout and values[0] is not None and not (args[2:3] or [kwargs.get("training", True)])[0]:
+            self.numbers[node] = values[0]
         else:
             raise NotAChainError(f"it calls {name}")
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastapd import backends
 from fastapd.evaluation import Activations, Distance, Step
-from fastapd.model import ComponentModel, version
+from fastapd.model import ComponentModel, Inputs, version
 from fastapd.training import set_learning_rate, update
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class GraphedSteps:
         self._target: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._held: Any = None
 
-    def __call__(self, lr: float, x: Tensor) -> Step:
+    def __call__(self, lr: float, x: Inputs) -> Step:
         """One step.
 
         Raises:
@@ -115,9 +115,10 @@ class GraphedSteps:
             NotImplementedError: If the step cannot be captured, with what it does and where, as far as torch says.
         """
         self._take(x)
+        assert self._x is not None
         set_learning_rate(self.optimiser, lr)
         if self._graph is not None and any(held.get(n) is not t or version(t) != v for held, n, t, v in self._target):
-            torch.cuda.synchronize(x.device)  # the graph may still be running
+            torch.cuda.synchronize(self._x.device)  # the graph may still be running
             self._graph, self._left = None, WARMUP
         if self._graph is None and self._left > 0:
             self._left -= 1
@@ -129,8 +130,10 @@ class GraphedSteps:
         self._graph.replay()
         return self._found
 
-    def _take(self, x: Tensor) -> None:
+    def _take(self, x: Inputs) -> None:
         """Copies a batch to where all steps read it."""
+        if not isinstance(x, Tensor):
+            raise ValueError("decompose: data must yield tensors with cuda_graph=True, got a dict")
         if self._x is None:
             self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
             self._stream = torch.cuda.Stream(x.device)

@@ -2,52 +2,159 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastapd import planning
 from fastapd.components import Components
-from fastapd.model import ComponentModel, Record
+from fastapd.model import ComponentModel, Inputs, Record, factors
 from fastapd.ops import attribution_reduce
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+CHUNK_BYTES = 1 << 28
+"""How much the gradients of the outputs that are taken at once may hold. What lies between the sites is not counted."""
+
+
+class Route(NamedTuple):
+    """How the gradients of a target are taken that are not found by tangents.
+
+    Attributes:
+        n_outputs: Of one sample of the batch: all positions of a sequence that may depend on each other.
+        n_directions: Vector-Jacobian products: as many as outputs, or as there are probes.
+        chunk: How many of them at once.
+        n_bytes: What their gradients hold.
+        narrowed: Whether the outputs are those before the last, wide matrix, of the same length.
+        estimate: Whether the directions are random, and the attributions an unbiased estimate.
+    """
+
+    n_outputs: int
+    n_directions: int
+    chunk: int
+    n_bytes: int
+    narrowed: bool
+    estimate: bool
+
+
+def route(record: Record, probes: int | None = None, n_components: int = 0) -> Route:
+    """How gradients of a record's outputs are taken.
+
+    Args:
+        record: From `ComponentModel.record_target(x, differentiable=True)`.
+        probes: So many random directions may stand for all outputs, if that is fewer.
+        n_components: That the gradients are multiplied with.
+    """
+    output = _measured(record)
+    n_outputs = math.prod(output.shape[_axes(record) :])
+    estimate = probes is not None and probes < n_outputs
+    n_directions = probes if estimate and probes is not None else n_outputs
+    rows = next(iter(record.outputs.values())).shape[:2].numel()
+    width = sum(y.shape[-1] for y in record.outputs.values())
+    each = rows * (width + n_components) * next(iter(record.outputs.values())).element_size()
+    chunk = max(1, min(n_directions, CHUNK_BYTES // max(each, 1)))
+    return Route(n_outputs, n_directions, chunk, chunk * each, record.measured is not None, estimate)
+
+
+def _measured(record: Record) -> Tensor:
+    return record.output if record.measured is None else record.measured
+
+
+def _axes(record: Record) -> int:
+    return record.output.dim() - 1 if record.axes is None else record.axes
+
+
 def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:
     """Gradients of every output by the outputs of every site: one batched vector-Jacobian product a site.
 
-    g_l[n, b, o, :] = d output[n, b, o] / d y_l[n, b, :]
+    g_l[n, b, o, :] = d output[n, b's, o] / d y_l[n, b, :]
 
     Args:
-        record: From `ComponentModel.record_target(x, differentiable=True)`; samples must not depend on each other.
+        record: From `ComponentModel.record_target(x, differentiable=True)`.
 
     Returns:
-        For each site the gradients [n_instances, batch, n_outputs, d_out].
+        For each site the gradients [n_instances, batch, n_outputs, d_out], where outputs are those of b itself, or of
+        all positions of its sequence if they may depend on each other.
     """
-    output, sites = record.output, list(record.outputs)
-    n_outputs = output.shape[-1]
-    # One-hot directions over the outputs: sample b only reaches its own row, so summing over samples mixes nothing.
-    directions = torch.eye(n_outputs, dtype=output.dtype, device=output.device)
-    directions = directions.view(n_outputs, *[1] * (output.dim() - 1), n_outputs).expand(n_outputs, *output.shape)
-    wanted = [record.outputs[name] for name in sites]
-    gradients = torch.autograd.grad(output, wanted, directions, is_grads_batched=True)
-    return {name: g.permute(1, 2, 0, 3) for name, g in zip(sites, gradients, strict=True)}
+    output = record.output
+    gradients = _gradients(record, output, _one_hot(output, _axes(record), slice(None)), keep=False)
+    return {name: g.permute(1, 2, 0, 3) for name, g in zip(record.outputs, gradients, strict=True)}
 
 
-def gradient_attributions(model: ComponentModel, record: Record, norm: bool = False) -> Float[Tensor, "I b C"]:
+def _one_hot(output: Tensor, axes: int, chunk: slice) -> Tensor:
+    """Directions over the outputs of each sample: a sample only reaches its own, so summing over them mixes nothing."""
+    shape = output.shape[axes:]
+    n_outputs = math.prod(shape)
+    numbers = range(n_outputs)[chunk]
+    directions = torch.zeros(len(numbers), n_outputs, dtype=output.dtype, device=output.device)
+    directions.diagonal(numbers.start).fill_(1)
+    return directions.view(-1, *[1] * axes, *shape).expand(-1, *output.shape)
+
+
+def _random(output: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Directions of independent signs: the mean of v v^T is the identity."""
+    signs = torch.randint(0, 2, (count, *output.shape), generator=generator, device=generator.device, dtype=torch.int8)
+    return signs.to(output.device, output.dtype) * 2 - 1
+
+
+def _gradients(record: Record, output: Tensor, directions: Tensor, keep: bool, batched: bool = True) -> list[Tensor]:
+    """Of the sum over outputs, weighted by each direction, by what every site writes: [directions, I, b, d_out]."""
+    wanted, n = list(record.outputs.values()), directions.shape[0]
+    if batched:
+        found = torch.autograd.grad(
+            output, wanted, directions, retain_graph=keep, is_grads_batched=True, allow_unused=True
+        )
+    else:
+        each = [
+            torch.autograd.grad(output, wanted, v, retain_graph=keep or k + 1 < n, allow_unused=True)
+            for k, v in enumerate(directions)
+        ]
+        found = [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
+    return [
+        y.new_zeros(1, *y.shape).expand(n, *y.shape) if g is None else g for g, y in zip(found, wanted, strict=True)
+    ]
+
+
+def _gradients_of(
+    model: ComponentModel, record: Record, output: Tensor, directions: Tensor, keep: bool
+) -> list[Tensor]:
+    """All directions at once, or one after the other where something in the target has no batched derivative."""
+    if record.axes is None or model.batched_gradients:
+        return _gradients(record, output, directions, keep)
+    if model.batched_gradients is None:
+        try:
+            found = _gradients(record, output, directions, keep=True)
+        except RuntimeError:
+            model.batched_gradients = False
+        else:
+            model.batched_gradients = True
+            return found
+    return _gradients(record, output, directions, keep, batched=False)
+
+
+def gradient_attributions(
+    model: ComponentModel, record: Record, norm: bool = False, probes: int | None = None
+) -> Float[Tensor, "I b C"]:
     """First-order effect of each component's weights on the outputs.
 
     a_bc = sum_o ( sum_l <df_o/dW_l, P_c,l> )^2          with norm: sqrt(a_bc / n_outputs)
+
+    Outputs o are all that sample b reaches: where positions of a sequence depend on each other, those of all positions.
+    A matrix that is used several times, because layers are tied or run again, is summed over inside the square.
 
     Args:
         model: The target and its components.
         record: From `model.record_target(x, differentiable=True)`: where activations and gradients are taken, which
             count as constants.
         norm: The paper's form, which ranks components the same; its slope at zero is infinite.
+        probes: So many random directions v in {-1, 1}^o stand for all outputs where that is fewer and no plan spares
+            the gradients: a_bc is then the mean over v of ( sum_l <d(v f)/dW_l, P_c,l> )^2, an unbiased estimate. The
+            model's generator `probes` draws them.
 
     Returns:
         Attributions [n_instances, batch, n_components], differentiable in the components.
@@ -55,25 +162,40 @@ def gradient_attributions(model: ComponentModel, record: Record, norm: bool = Fa
     Source: Braun et al. 2025, appendix A.1; `calc_grad_attributions` of ApolloResearch/apd has no square root and no
         1/n_outputs.
     """
-    squares = _gradient_squares(model, record)
-    return (squares / record.output.shape[-1]).sqrt() if norm else squares
+    squares = _gradient_squares(model, record, probes)
+    n_outputs = math.prod(record.output.shape[_axes(record) :])
+    return (squares / n_outputs).sqrt() if norm else squares
 
 
-def _gradient_squares(model: ComponentModel, record: Record) -> Float[Tensor, "I b C"]:
+def _gradient_squares(model: ComponentModel, record: Record, probes: int | None) -> Float[Tensor, "I b C"]:
     if record.found is not None and (plan := model.plan(record.found.values[0])).form == "tangent":
         assert not isinstance(model.chain, str)
         rows = model.sites[0].to_instances
         return planning.attributions(plan, model.form(record.found), model.chain, record.found, model.components, rows)
-    gradients = {name: g.detach() for name, g in output_gradients(record).items()}
-    names = [site.name for site in model.sites]
-    factors = [model.components.factors(name) for name in names]
-    gs = [gradients[name] for name in names]
-    n_outputs, width = gs[0].shape[2], sum(g.shape[3] for g in gs)
-    if model.components.n_components * (n_outputs - width) > REDUCTION_COST * n_outputs * width:
-        gs = reduced_gradients(gs)
-    return attribution_reduce(
-        [record.inputs[name] for name in names], gs, [A for A, _ in factors], [B for _, B in factors]
-    )
+    names = list(record.outputs)
+    pairs = [factors(model.components, record, name) for name in names]
+    arguments = [record.inputs[name] for name in names], [A for A, _ in pairs], [B for _, B in pairs]
+    output, axes = _measured(record), _axes(record)
+    way = route(record, probes, model.components.n_components)
+    model.estimated = way.estimate
+    total: Tensor | None = None
+    for first in range(0, way.n_directions, way.chunk):
+        last = min(first + way.chunk, way.n_directions)
+        if way.estimate:
+            directions = _random(output, last - first, model.probe_generator())
+        else:
+            directions = _one_hot(output, axes, slice(first, last))
+        gradients = _gradients_of(model, record, output, directions, keep=last < way.n_directions)
+        gs = [g.detach().permute(1, 2, 0, 3) for g in gradients]  # [I, b, directions, d_out]
+        n_directions, width = gs[0].shape[2], sum(g.shape[3] for g in gs)
+        if model.components.n_components * (n_directions - width) > REDUCTION_COST * n_directions * width:
+            gs = reduced_gradients(gs)
+        xs, As, Bs = arguments
+        part = attribution_reduce(xs, gs, As, Bs)
+        total = part if total is None else total + part
+    if total is None:  # no outputs
+        return record.inputs[names[0]].new_zeros(*record.inputs[names[0]].shape[:2], model.components.n_components)
+    return total / way.n_directions if way.estimate else total
 
 
 REDUCTION_COST = 8
@@ -95,7 +217,7 @@ def reduced_gradients(gs: Sequence[Float[Tensor, "I b o d_out"]]) -> list[Float[
 
 @torch.no_grad()
 def ablation_attributions(
-    model: ComponentModel, x: Tensor, output: Tensor, as_reference: bool = False
+    model: ComponentModel, x: Inputs, output: Tensor, as_reference: bool = False
 ) -> Float[Tensor, "I b C"]:
     """How much the output changes without a component: mean_o (f - f without c)^2.
 
@@ -115,14 +237,21 @@ def ablation_attributions(
 
     Cost: one forward pass of the component model for each component.
     """
-    site = model.sites[0]
     n_components = model.components.n_components
-    batch = site.to_instances(x).shape[1]
+    some = next(iter(model.components.B.values()))
+    output = model.to_instances(output)
+    batch = output.shape[1]
     found = []
     for c in range(n_components):
-        mask = site.weight.new_ones(model.components.n_instances, 1, n_components)
+        mask = some.new_ones(model.components.n_instances, 1, n_components)
         mask[:, :, c].zero_()  # a number to be assigned would first become a tensor
-        without = model.forward(x, mask.expand(-1, batch, -1)).output
+        record = model.forward(x, mask)
+        without = model.to_instances(record.output)
+        if (samples := next(iter(record.inputs.values())).shape[1]) != batch:
+            raise ValueError(
+                f"decompose: attribution must not be 'ablation' where samples and outputs are not one to one, got "
+                f"{samples} samples and {batch} outputs; take 'gradient'"
+            )
         if as_reference:
             if batch != 3:
                 few = "too many" if batch > 3 else "not enough"
@@ -150,7 +279,7 @@ def activation_attributions(components: Components, record: Record) -> Float[Ten
     """
     total: Tensor | None = None
     for name, x in record.inputs.items():
-        A, B = components.factors(name)
+        A, B = factors(components, record, name)
         u = torch.einsum("nbi,ncim->nbcm", x, A)
         length = torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)
         total = length if total is None else total + length

@@ -27,7 +27,9 @@ class LayerShape(NamedTuple):
     d_in: int
     d_out: int
     tied_to: str | None = None
-    """The earlier layer whose transpose this one's matrix is."""
+    """The earlier layer whose matrix this one's is, or the transpose of it."""
+    flipped: bool = True
+    """Whether it is the transpose; of no meaning without a tie."""
 
 
 class Components(nn.Module):
@@ -85,9 +87,10 @@ class Components(nn.Module):
         owner = self.layers.get(layer.tied_to or "")
         if owner is None or owner.tied_to is not None:
             raise ValueError(f"Components: {name} must be tied to an untied layer, got {layer.tied_to!r}")
-        if (owner.d_in, owner.d_out) != (layer.d_out, layer.d_in):
+        if (owner.d_in, owner.d_out) != ((layer.d_out, layer.d_in) if layer.flipped else (layer.d_in, layer.d_out)):
+            relation = "be the transpose of" if layer.flipped else "have the shape of"
             raise ValueError(
-                f"Components: {name} [{layer.d_in}, {layer.d_out}] must be the transpose of {layer.tied_to} "
+                f"Components: {name} [{layer.d_in}, {layer.d_out}] must {relation} {layer.tied_to} "
                 f"[{owner.d_in}, {owner.d_out}]"
             )
 
@@ -99,7 +102,7 @@ class Components(nn.Module):
 
         Args:
             factors: The factors of the untied layers; copied.
-            ties: For each tied layer the one whose transpose it is.
+            ties: For each tied layer the one whose transpose it is; with "=" before its name, the one it equals.
 
         Raises:
             ValueError: If there are no factors, a shape does not fit the first layer's, or a tie names no layer.
@@ -109,10 +112,13 @@ class Components(nn.Module):
                 shapes = " and ".join(str(tuple(factor.shape)) for factor in pair)
                 raise ValueError(f"Components: factors of {name} must have 4 axes, got {shapes}")
         layers = {name: LayerShape(A.shape[2], B.shape[3]) for name, (A, B) in factors.items()}
-        for name, owner in (ties or {}).items():
+        for name, tie in (ties or {}).items():
+            owner = tie.removeprefix("=")
             if owner not in layers:
                 raise ValueError(f"Components: {name} must be tied to an untied layer, got {owner!r}")
-            layers[name] = LayerShape(layers[owner].d_out, layers[owner].d_in, owner)
+            d_in, d_out = layers[owner][:2]
+            flipped = tie == owner
+            layers[name] = LayerShape(d_out, d_in, owner) if flipped else LayerShape(d_in, d_out, owner, False)
         if not layers:
             raise ValueError("Components: factors must not be empty, got none")
         A, _ = next(iter(factors.values()))
@@ -125,6 +131,12 @@ class Components(nn.Module):
                         raise ValueError(f"Components: factors of {name} must have shape {wanted}, got {got}")
                     own.copy_(given)
         return new
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """For each tied layer the one whose transpose it is, or "=" and the one it equals, as `from_factors` takes."""
+        tied = {name: layer for name, layer in self.layers.items() if layer.tied_to is not None}
+        return {name: f"{'' if layer.flipped else '='}{layer.tied_to}" for name, layer in tied.items()}
 
     @property
     def multiplicity(self) -> dict[str, int]:
@@ -141,11 +153,12 @@ class Components(nn.Module):
         return At.mT, B
 
     def stored(self, name: str) -> tuple[Float[Tensor, "I C m d_in"], Float[Tensor, "I C m d_out"]]:
-        """(At, B) of a layer as parameters; a tied layer's are its owner's, with roles swapped."""
-        owner = self.layers[name].tied_to
-        if owner is None:
+        """(At, B) of a layer as parameters; a tied layer's are its owner's, for a transpose with roles swapped."""
+        layer = self.layers[name]
+        if layer.tied_to is None:
             return self.At[_key(name)], self.B[_key(name)]
-        return self.B[_key(owner)], self.At[_key(owner)]
+        key = _key(layer.tied_to)
+        return (self.B[key], self.At[key]) if layer.flipped else (self.At[key], self.B[key])
 
     def gradients(self, name: str) -> tuple[Float[Tensor, "I C m d_in"], Float[Tensor, "I C m d_out"]]:
         """The gradients of `stored(name)`, made where they are missing; new ones hold anything."""

@@ -85,6 +85,10 @@ class APD(_Model):
     attribution_model: Literal["target", "components"] = Field(
         default="target", description="whose activations and output gradients gradient attributions use"
     )
+    attribution_probes: _Count | None = Field(
+        default=None,
+        description="gradient attributions may be estimated from so many random directions (>= 1); none: exact",
+    )
     attribution_norm: bool = Field(
         default=False, strict=True, description="report sqrt(mean over outputs), as the paper"
     )

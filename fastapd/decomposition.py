@@ -53,8 +53,7 @@ class Decomposition:
         rows = site.weight.new_zeros(components.n_instances, 1, components.n_components)
         rows[:, :, list(active)] = 1.0
         # One row of the mask an instance, seen by every sample of the batch.
-        batch = x.shape[-2] if site.adapter.instances else x.numel() // x.shape[-1]
-        return self.model.forward(x, rows.expand(-1, batch, -1)).output
+        return self.model.forward(x, rows).output
 
     def parts(self, layer: str) -> Float[Tensor, "I C d_in d_out"]:
         """Each component's own matrix in a layer, detached."""
@@ -96,7 +95,7 @@ class Decomposition:
 
     def save(self, run: RunDirectory) -> None:
         """Writes `components.safetensors` and `target.safetensors` into a run directory."""
-        ties = {name: layer.tied_to for name, layer in self.model.components.layers.items() if layer.tied_to}
+        ties = self.model.components.ties
         run.save_tensors(
             "components.safetensors",
             self.model.components.export(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastapd import losses
 from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions
-from fastapd.model import ComponentModel, Record
+from fastapd.model import ComponentModel, Inputs, Record
 from fastapd.ops import Selection, batch_topk, sample_topk
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def select(
     return batch_topk(attributions, active.clamp(max=batch * n_components))
 
 
-def _attributions(model: ComponentModel, method: APD, x: Tensor, target: Record | None, full: Record | None) -> Tensor:
+def _attributions(model: ComponentModel, method: APD, x: Inputs, target: Record | None, full: Record | None) -> Tensor:
     """By the method's measure; differentiable only in the Lp form, which is the only one that needs it."""
     with torch.set_grad_enabled(method.topk is None and torch.is_grad_enabled()):
         if method.attribution == "activation":
@@ -105,13 +105,13 @@ def _attributions(model: ComponentModel, method: APD, x: Tensor, target: Record 
         record = target
         if record is None:
             record = model.record_target(x, model.plan(x).form == "reverse", of_components=True)
-        return gradient_attributions(model, record, method.attribution_norm)
+        return gradient_attributions(model, record, method.attribution_norm, method.attribution_probes)
 
 
 def evaluate(
     model: ComponentModel,
     method: APD,
-    x: Tensor,
+    x: Inputs,
     activations: Activations | None = None,
     output_reconstruction: bool = False,
     distance: Distance | None = None,
@@ -122,7 +122,7 @@ def evaluate(
     Args:
         model: The target and its components.
         method: Coefficients, selection and attribution; terms with a zero coefficient are not computed.
-        x: One batch of the target's inputs.
+        x: One batch of the target's inputs, or of its arguments by name.
         activations: For the activation term, what to apply to each compared site's output; None compares all as they
             are.
         output_reconstruction: Also report the error with all components on, whatever its coefficient.
@@ -143,7 +143,7 @@ def evaluate(
     attributions = _attributions(model, method, x, target if of_target else None, full)
     always_on = int(method.distil_from_target)
     ranked = attributions[..., : attributions.shape[-1] - always_on]
-    selection = None if method.topk is None else select(ranked, method, x, model.threshold(ranked))
+    selection = None if method.topk is None else select(ranked, method, _active(method, x), model.threshold(ranked))
     step = Step({}, {}, attributions, selection, always_on)
     terms = step.terms
     each = 1 / model.components.n_instances  # the total is a mean over instances
@@ -182,6 +182,15 @@ def evaluate(
             terms["simplicity"] = losses.simplicity(*common)
     step.coefficients.update({name: coefficient for name in terms if (coefficient := getattr(method, name))})
     return step
+
+
+def _active(method: APD, x: Inputs) -> Tensor | None:
+    """The inputs of which the exact selection counts what is not zero."""
+    if method.topk is None or method.selection != "exact":
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError("decompose: data must yield tensors for the exact selection, got a dict; take 'batch'")
+    return x
 
 
 def _identity(x: Tensor) -> Tensor:

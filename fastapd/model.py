@@ -1,25 +1,28 @@
 """Runs any target with its decomposed layers replaced by masked component sums, and records what passes through them.
 
-A *site* is a module of the target that multiplies by a matrix. `find_sites` matches modules by name; what a module type
-needs to become a site is one row of `_ADAPTERS`: its matrix in y = x W orientation, its bias, and whether its inputs
-already carry the instance axis. Everything else of the target runs as it is, so this is the seam for any `nn.Module`.
-The target is never modified: a site's `forward` is shadowed for the length of one call. Not for several threads.
+A *site* is what the target multiplies by a matrix: a module or a parameter, found by name (`_sites`). Everything else
+of the target runs as it is, so this is the seam for any `nn.Module`. The target is never modified: a site is shadowed
+for the length of one call (`_intercept`), and modules in training mode are in evaluation mode meanwhile. Not for
+several threads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastapd._chain import Chain, NotAChainError, trace
-from fastapd.components import Components, LayerShape
+from fastapd._intercept import PLAIN, Role, evaluating, replaced
+from fastapd._random import stream
+from fastapd._sites import Linear, Site, TransposedLinear, adapter_of, find_sites
+from fastapd.components import Components
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
 from fastapd.ops._component_forward import forward_selected_into_gradients
 from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_form
@@ -27,119 +30,7 @@ from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_for
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-
-class Linear(nn.Module):
-    """y = x W for n_instances independent matrices W [n_instances, d_in, d_out], x [n_instances, batch, d_in]."""
-
-    def __init__(self, n_instances: int, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_instances, d_in, d_out))
-
-    def forward(self, x: Float[Tensor, "I b d_in"]) -> Float[Tensor, "I b d_out"]:
-        return x @ self.weight
-
-
-class TransposedLinear(nn.Module):
-    """y = x W^T with the matrix of another `Linear`: the tied decoder of a toy model of superposition."""
-
-    def __init__(self, owner: Linear) -> None:
-        super().__init__()
-        self._owner = [owner]  # in a list, so that the matrix is not registered twice
-
-    @property
-    def owner(self) -> Linear:
-        return self._owner[0]
-
-    def forward(self, x: Float[Tensor, "I b d_out"]) -> Float[Tensor, "I b d_in"]:
-        return x @ self.owner.weight.mT
-
-
-class _Adapter(NamedTuple):
-    weight: Callable[[Any], Tensor]
-    """The matrix as [n_instances, d_in, d_out]."""
-    stored: Callable[[Tensor], Tensor] | None
-    """A matrix [n_instances, d_in, d_out] as the module's own `weight` holds it; None if the module has none."""
-    bias: Callable[[Any], Tensor | None]
-    instances: bool
-    """Whether inputs arrive as [n_instances, batch, d_in]; otherwise as [.., d_in], every row a sample."""
-
-
-_ADAPTERS: dict[type[Any], _Adapter] = {
-    Linear: _Adapter(lambda m: m.weight, lambda W: W, lambda m: None, True),
-    TransposedLinear: _Adapter(lambda m: m.owner.weight.mT, None, lambda m: None, True),
-    nn.Linear: _Adapter(lambda m: m.weight.mT.unsqueeze(0), lambda W: W[0].mT, lambda m: m.bias, False),
-}
-
-
-class Site(NamedTuple):
-    """A decomposed layer of the target."""
-
-    name: str
-    module: nn.Module
-    adapter: _Adapter
-    tied_to: str | None
-
-    @property
-    def weight(self) -> Float[Tensor, "I d_in d_out"]:
-        """The target's matrix, detached, in y = x W orientation."""
-        return self.adapter.weight(self.module).detach()
-
-    @property
-    def shape(self) -> LayerShape:
-        _, d_in, d_out = self.weight.shape
-        return LayerShape(d_in, d_out, self.tied_to)
-
-    def state(self, weight: Float[Tensor, "I d_in d_out"]) -> dict[str, Tensor]:
-        """What the target's state dict holds if this is the layer's matrix; a tied layer has none there."""
-        if self.adapter.stored is None:
-            return {}
-        own: Any = self.module.weight
-        return {f"{self.name}.weight": self.adapter.stored(weight).to(own.dtype)}
-
-    def to_instances(self, x: Tensor) -> Float[Tensor, "I b d"]:
-        return x if self.adapter.instances else x.reshape(1, -1, x.shape[-1])
-
-    def from_instances(self, y: Float[Tensor, "I b d_out"], x: Tensor) -> Tensor:
-        """The layer's output as the target expects it for input x, bias added."""
-        bias = self.adapter.bias(self.module)
-        y = y if bias is None else y + bias.detach()
-        return y if self.adapter.instances else y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def find_sites(target: nn.Module, patterns: Sequence[str]) -> list[Site]:
-    """The modules of `target` whose names match a pattern, as sites in the target's order.
-
-    Args:
-        target: Any module.
-        patterns: fnmatch patterns over `named_modules`, e.g. ["linear1", "layers.*.mlp_in"].
-
-    Raises:
-        ValueError: If a pattern matches nothing, with the names there are.
-        TypeError: If a matched module is not of a type that can be decomposed.
-    """
-    modules = {name: module for name, module in target.named_modules() if name}
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = fnmatch.filter(modules, pattern)
-        if not matched:
-            raise ValueError(
-                f"find_sites: pattern {pattern!r} must match a module, the target has {', '.join(modules)}"
-            )
-        chosen.update(matched)
-    sites = []
-    owners: dict[int, str] = {}
-    for name in (n for n in modules if n in chosen):
-        module = modules[name]
-        adapter = _ADAPTERS.get(type(module))
-        if adapter is None:
-            known = ", ".join(t.__module__.split(".")[0] + "." + t.__name__ for t in _ADAPTERS)
-            raise TypeError(f"find_sites: {name} must be one of {known}, got {type(module).__name__}")
-        tied_to = owners.get(id(module.owner)) if isinstance(module, TransposedLinear) else None
-        owners[id(module)] = name
-        sites.append(Site(name, module, adapter, tied_to))
-    if len({s.weight.shape[0] for s in sites}) > 1:
-        raise ValueError("find_sites: all sites must have the same n_instances")
-    return sites
+__all__ = ["ComponentModel", "Linear", "Record", "Site", "TransposedLinear", "Use", "factors", "find_sites", "version"]
 
 
 def version(t: Tensor) -> int:
@@ -147,47 +38,185 @@ def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-@contextlib.contextmanager
-def _replaced(sites: Sequence[Site], layer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
-    """For the length of a with block, each site computes `layer(site, x)`."""
-    own = [site.module.__dict__.get("forward") for site in sites]  # what others put there; usually nothing
-    try:
-        for site in sites:
-            site.module.__dict__["forward"] = lambda x, site=site: layer(site, x)
-        yield
-    finally:
-        for site, before in zip(sites, own, strict=True):
-            site.module.__dict__.pop("forward", None)
-            if before is not None:
-                site.module.__dict__["forward"] = before
+class Use(NamedTuple):
+    """One product with a site's matrix, where it is more than the site's only one.
+
+    Attributes:
+        site: The name of the site.
+        transposed: Whether it is a product with the transpose.
+        ids: For rows that were looked up: which occur, in order; the recorded inputs are one-hot among these.
+        at: For rows that were looked up: their numbers, one a sample.
+    """
+
+    site: str
+    transposed: bool = False
+    ids: Tensor | None = None
+    at: Tensor | None = None
+
+
+Inputs = Tensor | Mapping[str, Any]
+"""What a target is called with: one tensor, or its arguments by name."""
+
+
+def leading(x: Inputs) -> Tensor:
+    """The tensor whose first axis is the batch: the first of those given."""
+    if isinstance(x, Tensor):
+        return x
+    for value in x.values():
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(f"decompose: data must yield tensors, got a dict of {', '.join(map(str, x)) or 'nothing'}")
 
 
 class Record(NamedTuple):
     """What passed through the sites: the target's output, and each site's inputs and outputs before the bias.
 
+    A site that runs again in the same call, or is used in another way than once as x W, is recorded under its name
+    with `#2`, `#3` and so on, and `uses` says what that was.
+
     Attributes:
         found: Where the target is a chain, the values of all its steps and the matrices of the sites.
+        uses: What is not its site's plain product x W, by the keys of `inputs` and `outputs`.
+        axes: How many leading axes of the output count samples that do not depend on each other; None for all but
+            the last.
+        measured: In place of the output where only the lengths of its gradients matter: narrower, of equal lengths.
     """
 
     output: Tensor
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     found: Values | None = None
+    uses: Mapping[str, Use] = MappingProxyType({})
+    axes: int | None = None
+    measured: Tensor | None = None
+
+
+def factors(components: Components, record: Record, key: str) -> tuple[Tensor, Tensor]:
+    """The factors [I, C, d, m], [I, C, m, e] that one recorded product is made with; of looked-up rows, the rows."""
+    use = record.uses.get(key)
+    return components.factors(key) if use is None else _of_use(components, use)
+
+
+def _of_use(components: Components, use: Use) -> tuple[Tensor, Tensor]:
+    A, B = components.factors(use.site)
+    if use.transposed:
+        A, B = B.mT, A.mT
+    return A if use.ids is None else A.index_select(2, use.ids), B
+
+
+def _applied(use: Use, rows: Tensor, W: Tensor) -> Tensor:
+    if use.at is not None:
+        return W.index_select(1, use.at)
+    return rows @ (W.mT if use.transposed else W)
+
+
+class _Pass:
+    """Takes the place of the sites in one run of the target."""
+
+    def __init__(self, model: ComponentModel, compute: Callable[[str, Use | None, Tensor], Tensor]) -> None:
+        self._model, self._compute, self._mixed = model, compute, model.mixed
+        self.scale: list[float] = []  # by which gradients in half precision are larger than they are
+        self.begin()
+
+    def begin(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.uses: dict[str, Use] = {}
+
+    def __call__(self, site: Site, x: Tensor, role: Role = PLAIN) -> Tensor:
+        if role is not PLAIN or site.name in self.inputs:
+            return self._unusual(site, x, role)
+        self._check(site, x, False)
+        return site.from_instances(self._product(site.name, None, site.to_instances(x)), x)
+
+    def _product(self, key: str, use: Use | None, rows: Tensor) -> Tensor:
+        """Computes and records; in the components' dtype, whatever the target's is."""
+        if self._mixed is None:
+            y = self._compute(key, use, rows)
+            self.inputs[key], self.outputs[key] = rows, y
+            return y
+        rows = rows.to(self._mixed[0])
+        self.inputs[key] = rows
+        y = self._compute(key, use, _ScaledGradient.apply(rows, self.scale, False) if self.scale else rows)
+        self.outputs[key] = y
+        return _ScaledGradient.apply(y, self.scale, True) if self.scale else y
+
+    def _check(self, site: Site, x: Tensor, transposed: bool) -> None:
+        layer = self._model.components.layers[site.name]
+        width = layer.d_out if transposed else layer.d_in
+        if x.shape[-1] != width:
+            raise ValueError(
+                f"decompose: data must give {site.name} inputs of width {width}, got shape {list(x.shape)}; "
+                "the last axis is the one that is multiplied"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"decompose: data must give {site.name} floating-point inputs, got {x.dtype}; "
+                "only an embedding takes whole numbers"
+            )
+
+    def _unusual(self, site: Site, x: Tensor, role: Role) -> Tensor:
+        count = 1 + sum((self.uses[key].site if key in self.uses else key) == site.name for key in self.inputs)
+        key = site.name if count == 1 else f"{site.name}#{count}"
+        if not role.ids:
+            self._check(site, x, role.transposed)
+            self.uses[key] = Use(site.name, role.transposed)
+            y = self._product(key, self.uses[key], site.to_instances(x))
+            if site.is_parameter:
+                return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+            return site.from_instances(y, x)
+        if x.is_floating_point() or x.dtype == torch.bool:
+            raise TypeError(f"decompose: data must give {site.name} whole numbers, got {x.dtype}")
+        at = x.reshape(-1)
+        n = self._model.components.layers[site.name].d_in
+        ids, inverse = torch.unique(at, return_inverse=True)
+        if at.numel() and not 0 <= int(ids[0]) <= int(ids[-1]) < n:
+            raise ValueError(
+                f"decompose: data must give {site.name} numbers in [0, {n}), got {int(ids[0])} to {int(ids[-1])}"
+            )
+        self.uses[key] = Use(site.name, False, ids, at)
+        weight = site.weight
+        rows = torch.zeros(at.shape[0], ids.shape[0], dtype=weight.dtype, device=weight.device)
+        rows.scatter_(1, inverse[:, None], 1)
+        y = self._product(key, self.uses[key], rows[None])
+        return y.reshape(*x.shape, y.shape[-1]).to(weight.dtype)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied or divided by a number that is known only then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: list[float], divide: bool) -> Tensor:
+        ctx.scale, ctx.divide = scale, divide
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.scale[-1:]
+        return grads[0] * (1 / scale if ctx.divide else scale), None, None
 
 
 class ComponentModel:
     """A target together with components for some of its layers.
 
     Args:
-        target: Any module; run in evaluation mode by the caller if that matters.
+        target: Any module; it runs in evaluation mode.
         sites: From `find_sites(target, ...)`.
-        components: Their components.
+        components: Their components; in float32 also where the target's dtype is narrower.
+        output: Takes the tensor to compare from what the target returns; None for a target that returns a tensor, or
+            something with `logits`.
 
     Raises:
         ValueError: If the components do not fit the sites.
     """
 
-    def __init__(self, target: nn.Module, sites: Sequence[Site], components: Components) -> None:
+    def __init__(
+        self,
+        target: nn.Module,
+        sites: Sequence[Site],
+        components: Components,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         for site in sites:
             if components.layers.get(site.name) != site.shape or components.n_instances != site.weight.shape[0]:
                 raise ValueError(
@@ -195,7 +224,14 @@ class ComponentModel:
                     f"[n_instances, d_in, d_out], got {components.extra_repr()}"
                 )
         self.target, self.sites, self.components = target, list(sites), components
+        self._some = next(iter(components.B.values()))
+        self._take_output = output
+        self._modules = list(target.modules())
+        self._heads: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._threshold: Tensor | None = None
+        self.probes: torch.Generator | None = None
+        self.estimated = False  # whether the last attributions were
+        self.batched_gradients: bool | None = None  # whether the target's can be, once that was tried
         self._by_name = {site.name: site for site in self.sites}
         self._chain_checked = False
         self._plans: dict[Any, Plan] = {}
@@ -205,8 +241,23 @@ class ComponentModel:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The target's matrices, detached, [n_instances, d_in, d_out]."""
+        """The target's matrices, detached, [n_instances, d_in, d_out], in the components' dtype."""
+        if (mixed := self.mixed) is not None:
+            return {site.name: site.weight.to(mixed[0]) for site in self.sites}
         return {site.name: site.weight for site in self.sites}
+
+    @property
+    def mixed(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """The components' dtype and the target's, if they differ."""
+        of_components = self._some.dtype
+        of_target = self.sites[0].adapter.held(self.sites[0].module).dtype
+        return None if of_components == of_target else (of_components, of_target)
+
+    def probe_generator(self) -> torch.Generator:
+        """The source of random directions; of a seed of its own unless one was set."""
+        if self.probes is None:
+            self.probes = stream(0, "probes")
+        return self.probes
 
     @property
     def n_params(self) -> int:
@@ -215,6 +266,7 @@ class ComponentModel:
 
     def to_instances(self, output: Tensor) -> Float[Tensor, "I b o"]:
         """The target's output with one axis of samples for each instance, whatever axes it has."""
+        output = output if output.dim() > 1 or self.sites[0].adapter.instances else output.unsqueeze(-1)
         return output.reshape(self.components.n_instances, -1, output.shape[-1])
 
     def threshold(self, attributions: Float[Tensor, "I b C"]) -> Float[Tensor, " I"]:
@@ -231,7 +283,7 @@ class ComponentModel:
 
     def forward(
         self,
-        x: Tensor,
+        x: Inputs,
         active: Selection | Tensor | None = None,
         always_on: int = 0,
         accumulate: bool = False,
@@ -241,7 +293,8 @@ class ComponentModel:
 
         Args:
             x: The target's input.
-            active: Which components run: a `Selection`, a mask [n_instances, batch, C] of any weights, or None for all.
+            active: Which components run: a `Selection`, a mask [n_instances, batch or 1, C] of any weights, or None for
+                all. The batch is that of the sites' inputs: every position of a sequence is a sample.
             always_on: With a selection, how many components at the end run on every sample; the selection is then one
                 of the others alone.
             accumulate: With a selection, whether the backward pass adds the factors' gradients to those of the
@@ -251,30 +304,36 @@ class ComponentModel:
         Returns:
             The output and what passed through the sites, differentiable in the components.
         """
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
 
-        def layer(site: Site, x: Tensor) -> Tensor:
-            A, B = self.components.factors(site.name)
-            rows = site.to_instances(x)
-            if isinstance(active, Selection) and accumulate and not always_on:
-                stored, gradients = self.components.stored(site.name), self.components.gradients(site.name)
-                y = forward_selected_into_gradients(rows, *stored, active, *gradients)
-            elif isinstance(active, Selection):
+        def compute(key: str, use: Use | None, rows: Tensor) -> Tensor:
+            name = key if use is None else use.site
+            if isinstance(active, Selection) and accumulate and not always_on and (use is None or use.ids is None):
+                stored, gradients = self.components.stored(name), self.components.gradients(name)
+                if use is not None and use.transposed:
+                    stored, gradients = (stored[1], stored[0]), (gradients[1], gradients[0])
+                return forward_selected_into_gradients(rows, *stored, active, *gradients)
+            if active is None:
+                W = self.components.weight(name)
+                return rows @ W if use is None else _applied(use, rows, W)
+            A, B = self.components.factors(name) if use is None else _of_use(self.components, use)
+            if isinstance(active, Selection):
                 ranked = A.shape[1] - always_on
                 y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
-                if always_on:
-                    y = y + rows @ component_sum(A[:, ranked:], B[:, ranked:])
-            elif active is None:
-                y = rows @ self.components.weight(site.name)
-            else:
-                y = component_forward(rows, A, B, active)
-            inputs[site.name], outputs[site.name] = rows, y
-            return site.from_instances(y, x)
+                return y + rows @ component_sum(A[:, ranked:], B[:, ranked:]) if always_on else y
+            return component_forward(rows, A, B, active.expand(-1, rows.shape[1], -1))
 
-        return Record(self._run(x, layer, known)[0], inputs, outputs)
+        through = _Pass(self, compute)
+        if (mixed := self.mixed) is not None and mixed[1] == torch.float16:
+            through.scale.append(1.0)  # else small gradients would vanish on their way through the target
+        output = self._run(x, through, known)[0]
+        if mixed is not None:
+            output = output.to(mixed[0])
+            if through.scale:
+                through.scale.append(float(max(output.numel() // output.shape[-1], 1)))
+                output = _ScaledGradient.apply(output, through.scale, False)
+        return Record(output, through.inputs, through.outputs, uses=through.uses)
 
-    def record_target(self, x: Tensor, differentiable: bool = False, of_components: bool = False) -> Record:
+    def record_target(self, x: Inputs, differentiable: bool = False, of_components: bool = False) -> Record:
         """Runs the target itself and records its sites.
 
         Args:
@@ -283,37 +342,93 @@ class ComponentModel:
                 target never receive gradients.
             of_components: Record the component model with all components on instead; its weights count as constants.
         """
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
+        mixed = self.mixed
 
-        def layer(site: Site, x: Tensor) -> Tensor:
-            rows = site.to_instances(x)
-            weights[site.name] = self.components.weight(site.name).detach() if of_components else site.weight
-            y = rows @ weights[site.name]
+        def compute(key: str, use: Use | None, rows: Tensor) -> Tensor:
+            name = key if use is None else use.site
+            W = self.components.weight(name).detach() if of_components else self._by_name[name].weight
+            W = weights[name] = W if mixed is None else W.to(mixed[0])
+            y = rows @ W if use is None else _applied(use, rows, W)
             if differentiable and not y.requires_grad:
                 y.requires_grad_()
-            inputs[site.name], outputs[site.name] = rows.detach(), y
-            return site.from_instances(y, x)
+            return y
 
-        with torch.set_grad_enabled(differentiable):
-            output, values = self._run(x, layer)
-        return Record(output, inputs, outputs, None if values is None else Values(values, weights))
+        through, seen = _Pass(self, compute), []
+        with torch.set_grad_enabled(differentiable), self._watched(seen) if differentiable else _nothing():
+            output, values = self._run(x, through)
+            measured = [self._narrowed(module, h) for module, h, y in seen if values is None and y is output]
+        inputs = {key: rows.detach() for key, rows in through.inputs.items()}
+        if values is not None:
+            return Record(output, inputs, through.outputs, Values(values, weights), through.uses)
+        axes = self._axes(x, output)
+        output = output if mixed is None else output.to(mixed[0])
+        return Record(output, inputs, through.outputs, None, through.uses, axes, measured[0] if measured else None)
 
-    def _run(
-        self, x: Tensor, layer: Callable[[Site, Tensor], Tensor], known: Values | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    def _axes(self, x: Inputs, output: Tensor) -> int:
+        """How many leading axes of the output of a target that is no chain count samples."""
+        first = leading(x)
+        if self.sites[0].adapter.instances:
+            return 2
+        if first.dim() == 0 or (first.dim() == 1 and first.is_floating_point()):
+            return 0  # one sample
+        if output.dim() == 0 or output.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"decompose: model must return the batch of {first.shape[0]} on its first axis, "
+                f"got shape {list(output.shape)}"
+            )
+        return 1
+
+    @contextlib.contextmanager
+    def _watched(self, seen: list[tuple[nn.Module, Tensor, Tensor]]) -> Iterator[None]:
+        """Notes inputs and outputs of the layers that are wider than what they get, as the last one of a language model
+        is: a gradient has the same length before as after a matrix with orthonormal rows."""
+        own = {id(site.module) for site in self.sites}
+        watched = []
+        for module in self._modules:
+            if type(module) is nn.Linear and id(module) not in own and module.out_features > module.in_features:
+                if "forward" not in vars(module):
+                    watched.append(module)
+        try:
+            for module in watched:
+
+                def forward(input: Tensor, module: nn.Linear = module) -> Tensor:
+                    y = nn.Linear.forward(module, input)
+                    seen[:] = [(module, input, y)]
+                    return y
+
+                vars(module)["forward"] = forward
+            yield
+        finally:
+            for module in watched:
+                vars(module).pop("forward", None)
+
+    def _narrowed(self, module: nn.Module, h: Tensor) -> Tensor:
+        """h R^T for the transpose Q R of the layer's matrix."""
+        weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+        known = self._heads.get(id(module))
+        if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != version(weight):
+            wide = weight if weight.dtype == torch.float64 else weight.float()
+            known = self._heads[id(module)] = weight, version(weight), torch.linalg.qr(wide, mode="r").R
+        return h.to(known[2].dtype) @ known[2].mT
+
+    def _run(self, x: Inputs, through: _Pass, known: Values | None = None) -> tuple[Tensor, list[Tensor] | None]:
         """The target's output with its sites replaced, and the values of its chain if it is one."""
 
         def target() -> Tensor:
-            with _replaced(self.sites, layer):
-                return self.target(x)
+            through.begin()
+            with replaced(self.sites, through), evaluating(self._modules):
+                found = self.target(x) if isinstance(x, Tensor) else self.target(**x)
+            self._check_samples(through)
+            return self._output(found)
 
-        if isinstance(self.chain, str):
+        if isinstance(self.chain, str) or not isinstance(x, Tensor):
             return target(), None
         expected = None if self._chain_checked else target()
+        if expected is not None:
+            through.begin()
         given = None if known is None else known.values
-        values = self.chain.run(x, lambda name, rows: layer(self._by_name[name], rows), given)
+        values = self.chain.run(x, lambda name, rows: through(self._by_name[name], rows), given)
         output = values[-1]
         if expected is not None and (reason := self.chain.irregularity(values, self.components.n_instances)):
             self.chain = reason
@@ -325,6 +440,38 @@ class ComponentModel:
             self._chain_checked = True
         return output, values
 
+    def _output(self, found: Any) -> Tensor:
+        if self._take_output is not None:
+            taken = self._take_output(found)
+            if not isinstance(taken, Tensor):
+                raise TypeError(f"decompose: output must return a tensor, got {type(taken).__name__}")
+            return taken
+        if isinstance(found, Tensor):
+            return found
+        logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"decompose: model must return a tensor or something with logits, got {type(found).__name__}; pass "
+                "output=, a function that takes the tensor from it"
+            )
+        return logits
+
+    def _check_samples(self, through: _Pass) -> None:
+        """Every site must have run, and all on the same samples."""
+        ran = {through.uses[key].site if key in through.uses else key for key in through.inputs}
+        if missing := [site.name for site in self.sites if site.name not in ran]:
+            raise ValueError(
+                f"decompose: targets must run when the model does, got {', '.join(missing)}, which did not; leave it "
+                "out, or name what uses its matrix"
+            )
+        counts = {key: rows.shape[1] for key, rows in through.inputs.items()}
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{key}: {n}" for key, n in counts.items())
+            raise ValueError(
+                f"decompose: targets must all see the same number of samples, got {shown}; decompose those that "
+                "differ one after the other"
+            )
+
     @functools.cached_property
     def chain(self) -> Chain | str:
         """The target as a chain of linear maps and nonlinearities, or why it is none.
@@ -334,17 +481,23 @@ class ComponentModel:
         """
         if len({site.adapter.instances for site in self.sites}) > 1:
             return "only some of its layers have an axis of instances"
-        linears = {
-            kind: (lambda m, adapter=adapter: adapter.weight(m), lambda m, adapter=adapter: adapter.bias(m))
-            for kind, adapter in _ADAPTERS.items()
-        }
+        if self.mixed is not None:
+            return "its components have another dtype than it has"
+        for site in self.sites:
+            if site.is_parameter or site.adapter.ids:
+                return f"{site.name} is {'a parameter by itself' if site.is_parameter else 'an embedding'}"
+        if self._take_output is not None:
+            return "its output is taken from what it returns"
         try:
-            return trace(self.target, {site.name: site.module for site in self.sites}, linears)
+            with evaluating(self._modules):
+                return trace(self.target, {site.name: site.module for site in self.sites}, _linear)
         except NotAChainError as error:
             return str(error)
 
-    def plan(self, x: Tensor) -> Plan:
+    def plan(self, x: Inputs) -> Plan:
         """How gradient attributions of a batch like x are computed; decided once for every shape."""
+        if not isinstance(x, Tensor):
+            return Plan("reverse", "the target takes its inputs by name", (), {})
         key = (tuple(x.shape), x.dtype, x.device)
         if key not in self._plans:
             found = None if isinstance(self.chain, str) else self.record_target(x).found
@@ -369,3 +522,12 @@ class ComponentModel:
             self._form_of = constants  # kept, so that no other tensor comes to lie where one of them was
         assert self._form is not None
         return self._form
+
+
+def _linear(module: nn.Module) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor | None]] | None:
+    adapter = adapter_of(module)
+    return None if adapter is None or adapter.ids else (adapter.weight, adapter.bias)
+
+
+def _nothing() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()

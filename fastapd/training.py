@@ -10,10 +10,11 @@ From unit norm on, a step is `update`, which on a CUDA device never waits for it
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from fastapd._random import stream
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.evaluation import Activations, Distance, Step, evaluate
-from fastapd.model import ComponentModel, find_sites
+from fastapd.model import ComponentModel, Inputs, Site, find_sites
 
 if TYPE_CHECKING:
     from fastapd._rundir import RunDirectory
@@ -86,7 +87,7 @@ def train_step(
     method: APD,
     optimiser: torch.optim.Optimizer,
     lr: float,
-    x: Tensor,
+    x: Inputs,
     activations: Activations | None = None,
     distance: Distance | None = None,
 ) -> Step:
@@ -99,7 +100,7 @@ def update(
     model: ComponentModel,
     method: APD,
     optimiser: torch.optim.Optimizer,
-    x: Tensor,
+    x: Inputs,
     activations: Activations | None = None,
     distance: Distance | None = None,
 ) -> Step:
@@ -144,29 +145,95 @@ def _row(step: Step, index: int, lr: float, started: float) -> dict[str, Any]:
     return row
 
 
-def _forever(data: Iterable[Any]) -> Iterator[Tensor]:
+def _forever(data: Iterable[Any]) -> Iterator[Inputs]:
     """Batches without end; an iterable that ends is started again."""
     while True:
         empty = True
         for batch in data:
             empty = False
-            yield batch[0] if isinstance(batch, (tuple, list)) else batch
+            yield _inputs(batch)
         if empty:
             raise ValueError("decompose: data must yield batches, got none; pass an iterable that can be restarted")
 
 
-def _sent(x: Tensor, like: Tensor) -> Tensor:
-    """A batch in the dtype and on the device of `like`; by way of pinned memory of our own where that spares a wait."""
+def _inputs(batch: Any) -> Inputs:
+    """What the model is called with: a tensor, the first item of a tuple or list, or arguments by name."""
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise TypeError(
+            f"decompose: data must yield tensors, tuples of which the first is one, or dicts of the model's arguments, "
+            f"got {type(batch).__name__}"
+        )
+    return batch if isinstance(batch, Tensor) else dict(batch)
+
+
+def _sent(x: Inputs, like: Tensor) -> Inputs:
+    """A batch on the device of `like`, numbers with a fraction in its dtype."""
+    if isinstance(x, Tensor):
+        return _tensor_sent(x, like)
+    return {name: _tensor_sent(t, like) if isinstance(t, Tensor) else t for name, t in x.items()}
+
+
+def _tensor_sent(x: Tensor, like: Tensor) -> Tensor:
+    """By way of pinned memory of our own where that spares a wait."""
+    dtype = like.dtype if x.is_floating_point() else x.dtype
     if like.is_cuda and x.device.type == "cpu":
-        pinned = torch.empty(x.shape, dtype=like.dtype, device="cpu", pin_memory=True).copy_(x)
+        pinned = torch.empty(x.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(x)
         return pinned.to(like.device, non_blocking=True)
-    return x.to(device=like.device, dtype=like.dtype)
+    return x.to(device=like.device, dtype=dtype)
+
+
+def _not_finite(x: Inputs) -> bool:
+    tensors = [x] if isinstance(x, Tensor) else [t for t in x.values() if isinstance(t, Tensor)]
+    return not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+
+def _diverged(row: dict[str, Any], step: Step, index: int, x: Inputs, log_every: int) -> DivergedError:
+    terms = {name: row[name] for name in step.terms}
+    text = f"decompose: the loss is {row['total']} at step {index}: {terms}; "
+    if _not_finite(x):
+        return DivergedError(text + "its batch has NaN or infinite values: the data must be finite")
+    if index == 0:
+        return DivergedError(text + "nothing was trained yet: the model's output or its weights are not finite")
+    between = "" if log_every == 1 else f", and see that the data since step {max(index - log_every, 0)} is finite"
+    return DivergedError(f"{text}lower the lr{between}")
+
+
+def _on_device(
+    model: nn.Module, device: torch.device | str, patterns: Sequence[str] | str, init: Components | None
+) -> tuple[nn.Module, list[Site]]:
+    """The model, or a copy of it where it is to run elsewhere, and its sites."""
+    sites = find_sites(model, patterns)
+    held = sites[0].adapter.held(sites[0].module)
+    if held.is_meta:
+        raise ValueError(f"decompose: model must have values, got {sites[0].name} on the meta device")
+    if device == "auto":
+        stays = held.is_cuda or init is not None or not torch.cuda.is_available()
+        wanted = held.device if stays else torch.device("cuda")
+    else:
+        try:
+            wanted = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"decompose: device must be 'auto' or a device of torch's, got {device!r}") from None
+        if wanted.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"decompose: device must be one that there is, got {device!r} without a GPU")
+    if wanted.type == held.device.type and wanted.index in (None, held.device.index):
+        return model, sites
+    model = copy.deepcopy(model).to(wanted)  # the caller's own stays where it is
+    return model, find_sites(model, patterns)
+
+
+def _at_least_one(**values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"decompose: {name} must be a whole number of at least 1, got {value!r}")
 
 
 def decompose(
-    target: nn.Module,
+    model: nn.Module,
     data: Iterable[Any],
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     C: int,
     *,
     method: APD | None = None,
@@ -178,19 +245,25 @@ def decompose(
     seed: int = 0,
     activations: Activations | None = None,
     distance: Distance | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    device: torch.device | str = "auto",
     out: RunDirectory | str | Path | None = None,
     log_every: int = 100,
     progress: bool = False,
     cuda_graph: bool = False,
     track: Callable[[dict[str, Any]], object] | None = None,
 ) -> Decomposition:
-    """Decomposes layers of a target into components by APD.
+    """Decomposes layers of a model into components by APD.
 
     Args:
-        target: Any module; it is not modified. Call `.eval()` on it first if it has dropout.
-        data: Batches of its inputs, [n_instances, batch, ..] for targets with instances; tuples yield their first item.
-            Started again when it ends.
-        targets: fnmatch patterns over the target's module names: the layers to decompose.
+        model: Any module. It is not modified, and runs in evaluation mode. Its batch is on the first axis, and what
+            it does with one element of the batch does not depend on the others.
+        data: Batches of its inputs, [n_instances, batch, ..] for models with instances; tuples yield their first item,
+            dicts are the arguments of the model's `forward` by name. Started again when it ends. Numbers with a
+            fraction are brought to the model's dtype, everything to its device.
+        targets: fnmatch patterns over the names of the model's modules: the layers to decompose. `nn.Linear`,
+            `nn.Embedding`, Hugging Face's `Conv1D`, this package's own; or names of parameters that are used as
+            matrices, `blocks.*.mlp.W_in`. Every row of their inputs, each position of a sequence, is a sample.
         C: Number of components.
         method: What is optimised; None for `APD(topk=1.0)`.
         optimiser: Learning rate and schedule; None for 1e-3, cosine, 5 % warm-up.
@@ -200,7 +273,11 @@ def decompose(
         init_scale: Of drawn components.
         seed: Of the initial components.
         activations: For the activation term, what to apply to each compared site's output.
-        distance: (output, target's output) -> one value an instance, or a scalar; None for the method's.
+        distance: (output, target's output) -> one value an instance, or a scalar; None for the method's. Both are
+            [n_instances, samples, n_outputs].
+        output: Takes the tensor to compare from what the model returns; None if that is a tensor or has `logits`.
+        device: "auto" leaves a model on a GPU or beside given components where it is, and otherwise takes a GPU if
+            there is one; a model that is elsewhere is copied, not moved.
         out: The run directory to write metrics, components and status to, which must not hold anything yet, or one
             that was made already; None writes nothing.
         log_every: Steps between two rows of metrics.
@@ -212,11 +289,13 @@ def decompose(
         track: Called with every row of metrics; `fastapd.trackers` has sinks. Closed with the run if it has a `close`.
 
     Returns:
-        The `Decomposition`, with the rows of metrics in `history`.
+        The `Decomposition`, with the rows of metrics in `history`; with `attribution_probes` in a row where the
+        attributions were estimated by so many.
 
     Raises:
-        ValueError: If a target matches nothing, the data has the wrong shape, or `cuda_graph` is not for this target,
+        ValueError: If a target matches nothing, the data has the wrong shape, or `cuda_graph` is not for this model,
             method or data.
+        TypeError: If a target, the data or what the model returns is of a type that nothing is known of.
         NotImplementedError: If a step cannot be captured.
         FileExistsError: If `out` is taken.
         DivergedError: If a loss becomes NaN or infinite.
@@ -228,27 +307,31 @@ def decompose(
 
     method = method or APD(topk=1.0)
     optimiser = optimiser or Optimiser(lr=1e-3, schedule="cosine", warmup=0.05)
-    sites = find_sites(target, targets)
+    _at_least_one(C=C, rank=rank, log_every=log_every)
+    if method.topk is not None and method.topk > C - method.distil_from_target:
+        raise ValueError(f"decompose: method.topk must be at most {C - method.distil_from_target}, got {method.topk}")
+    target, sites = _on_device(model, device, targets, init)
     first = sites[0].weight
     if init is None:
         generator = stream(seed, "components")
         shapes = {site.name: site.shape for site in sites}
-        init = Components(
-            shapes, C, rank, first.shape[0], init_scale, generator, dtype=first.dtype, device=first.device
-        )
+        dtype = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype
+        init = Components(shapes, C, rank, first.shape[0], init_scale, generator, dtype=dtype, device=first.device)
     elif init.n_components != C:
         raise ValueError(f"decompose: init must have C = {C} components, got {init.n_components}")
-    model = ComponentModel(target, sites, init)
-    result = Decomposition(model, method)
+    components = init
+    running = ComponentModel(target, sites, components, output)
+    running.probes = stream(seed, "probes")
+    result = Decomposition(running, method)
     if cuda_graph:
-        _cuda_graph.refuse(model, method)
+        _cuda_graph.refuse(running, method)
     # Claimed when nothing above was refused, so that the same path can be given again.
     run = RunDirectory.create(out, "decompose") if isinstance(out, (str, Path)) else out
     if cuda_graph:
-        take_step = _cuda_graph.GraphedSteps(model, method, make_optimiser(init, True), activations, distance)
+        take_step = _cuda_graph.GraphedSteps(running, method, make_optimiser(components, True), activations, distance)
     else:
-        adam = make_optimiser(init)
-        take_step = lambda lr, x: train_step(model, method, adam, lr, x, activations, distance)  # noqa: E731
+        adam = make_optimiser(components)
+        take_step = lambda lr, x: train_step(running, method, adam, lr, x, activations, distance)  # noqa: E731
     batches = _forever(data)
     started = time.perf_counter()
     index, state, message = 0, "failed", ""
@@ -268,14 +351,15 @@ def decompose(
                 step = take_step(lr, x)
             else:
                 if method.unit_norm:
-                    init.normalise_()
+                    components.normalise_()
                 with torch.no_grad():
-                    step = evaluate(model, method, x, activations, distance=distance)
+                    step = evaluate(running, method, x, activations, distance=distance)
             if logged:
                 row = _row(step, index, lr, started)
                 if not math.isfinite(row["total"]):
-                    terms = {name: row[name] for name in step.terms}
-                    raise DivergedError(f"decompose: the loss is {row['total']} at step {index}: {terms}; lower the lr")
+                    raise _diverged(row, step, index, x, log_every)
+                if running.estimated:
+                    row["attribution_probes"] = method.attribution_probes
                 result.history.append(row)
                 if run is not None:
                     run.log(row)

@@ -204,3 +204,126 @@ def test_more_outputs_than_the_layers_are_wide_are_reduced(monkeypatch):
     expected = attribution_reduce([record.inputs["narrow"]], [output_gradients(record)["narrow"].detach()], [A], [B])
     torch.testing.assert_close(found, expected.detach(), **CLOSE)
     assert seen == [(1, 6, 3, 3)], "40 outputs, 3 numbers to reduce"
+
+
+# ---- positions that depend on each other
+
+
+class _Attention(nn.Module):
+    def __init__(self, n_outputs: int = 3) -> None:
+        super().__init__()
+        self.v, self.k = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.head = nn.Linear(4, n_outputs).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.k(x)
+        return self.head((k @ k.mT).softmax(-1) @ self.v(x))
+
+
+def test_gradient_attributions_in_chunks_are_those_at_once(monkeypatch):
+    model = _model(_Attention(), ["v", "k"])
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    expected = _gradient(model, x)
+    whole = attributions.route(model.record_target(x, differentiable=True), None, 4)
+    assert (whole.n_outputs, whole.chunk, whole.estimate) == (15, 15, False)
+    monkeypatch.setattr(attributions, "CHUNK_BYTES", 4 * whole.n_bytes // 15)
+    shapes = []
+    monkeypatch.setattr(
+        attributions,
+        "attribution_reduce",
+        lambda *args: shapes.append(args[1][0].shape[2]) or attribution_reduce(*args),
+    )
+    torch.testing.assert_close(_gradient(model, x), expected, **CLOSE)
+    assert shapes == [4, 4, 4, 3]
+    assert expected.abs().max() > 1e-6
+
+
+def test_gradient_attributions_before_a_wide_last_layer_are_those_after_it():
+    target = _Attention(50)
+    model = _model(target, ["v", "k"])
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    record = model.record_target(x, differentiable=True)
+    way = attributions.route(record)
+    assert way.narrowed and way.n_outputs == 5 * 4
+    found = gradient_attributions(model, record).detach()
+    record = model.record_target(x, differentiable=True)
+    expected = gradient_attributions(model, record._replace(measured=None)).detach()
+    torch.testing.assert_close(found, expected, **CLOSE)
+    with torch.no_grad():
+        target.head.weight *= 2  # the factor of it that was kept is not used again
+    torch.testing.assert_close(_gradient(model, x), 4 * expected, **CLOSE)
+    bent = nn.Sequential(target, nn.Tanh())  # what follows the wide layer is not linear
+    model = ComponentModel(bent, find_sites(bent, ["0.v", "0.k"]), _model(bent, ["0.v", "0.k"]).components)
+    assert model.record_target(x, differentiable=True).measured is None
+
+
+def test_gradient_attributions_by_probes_are_unbiased():
+    model = _model(_Attention(50), ["v", "k"])
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    exact = _gradient(model, x)
+    assert not model.estimated
+    draws = []
+    for _ in range(300):
+        record = model.record_target(x, differentiable=True)
+        draws.append(gradient_attributions(model, record, probes=5).detach())
+    assert model.estimated
+    draws = torch.stack(draws)
+    error = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5)
+    assert error.abs().max() < 5, "more standard errors than chance has"
+    assert ((draws[0] - exact).abs() / exact).max() > 0.01, "an estimate is no exact value"
+    record = model.record_target(x, differentiable=True)
+    all_of_them = gradient_attributions(model, record, probes=12)  # no fewer than there are outputs: exact
+    torch.testing.assert_close(all_of_them.detach(), exact, **CLOSE)
+    assert not model.estimated
+
+
+def test_gradient_attributions_by_probes_are_reproducible():
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    model = _model(_Attention(), ["v"])
+    found = []
+    for _ in range(2):
+        model.probes = torch.Generator().manual_seed(7)
+        state = torch.get_rng_state()
+        record = model.record_target(x, differentiable=True)
+        found.append(gradient_attributions(model, record, probes=2).detach())
+        assert torch.equal(state, torch.get_rng_state()), "the user's random numbers are not touched"
+    assert torch.equal(*found)
+
+
+def test_gradient_attributions_without_batched_derivatives_are_the_same():
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 3
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.from_numpy(grad.numpy() * 3)  # a batched tensor has no memory of its own
+
+    class Last(nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.inner, self.function = _Attention(), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(self.inner(x))
+
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    model = _model(Last(Own.apply), ["inner.v"])
+    plain = Last(lambda y: y * 3)
+    plain.load_state_dict(model.target.state_dict())
+    expected = _gradient(ComponentModel(plain, find_sites(plain, ["inner.v"]), model.components), x)
+    for _ in range(2):
+        torch.testing.assert_close(_gradient(model, x), expected, **CLOSE)
+    assert model.batched_gradients is False
+
+
+def test_ablation_attributions_follow_the_definition_for_positions():
+    model = _model(_Attention(), ["v", "k"])
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    full = model.forward(x).output
+    found = attributions.ablation_attributions(model, x, full.detach())
+    mask = torch.ones(1, 1, 4, dtype=torch.float64)
+    mask[..., 2] = 0
+    expected = (full - model.forward(x, mask).output).square().mean(-1).reshape(1, 6)
+    torch.testing.assert_close(found[..., 2], expected.detach(), **CLOSE)

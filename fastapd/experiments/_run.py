@@ -139,6 +139,7 @@ def run_experiment(
                 optimiser=config.optimiser,
                 steps=config.steps,
                 init=components,
+                device=device,
                 out=run,
                 log_every=config.log_every,
                 progress=progress,
