@@ -28,14 +28,23 @@ def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:
     Returns:
         For each site the gradients [n_instances, batch, n_outputs, d_out].
     """
-    output, sites = record.output, list(record.outputs)
+    gradients = rows_of_jacobian(record.output, list(record.outputs.values()))
+    return {name: g.permute(1, 2, 0, 3) for name, g in zip(record.outputs, gradients, strict=True)}
+
+
+def rows_of_jacobian(output: Float[Tensor, "... o"], wanted: Sequence[Tensor], **settings: bool) -> Sequence[Tensor]:
+    """For each wanted tensor, the gradients of every output of each sample by it: [n_outputs, *its shape].
+
+    Args:
+        output: Its last axis holds the outputs; samples must not depend on each other.
+        wanted: What it is differentiated by.
+        settings: For `torch.autograd.grad`.
+    """
     n_outputs = output.shape[-1]
     # One-hot directions over the outputs: sample b only reaches its own row, so summing over samples mixes nothing.
     directions = torch.eye(n_outputs, dtype=output.dtype, device=output.device)
     directions = directions.view(n_outputs, *[1] * (output.dim() - 1), n_outputs).expand(n_outputs, *output.shape)
-    wanted = [record.outputs[name] for name in sites]
-    gradients = torch.autograd.grad(output, wanted, directions, is_grads_batched=True)
-    return {name: g.permute(1, 2, 0, 3) for name, g in zip(sites, gradients, strict=True)}
+    return torch.autograd.grad(output, wanted, directions, is_grads_batched=True, **settings)
 
 
 def gradient_attributions(model: ComponentModel, record: Record, norm: bool = False) -> Float[Tensor, "I b C"]:
@@ -150,9 +159,15 @@ def activation_attributions(components: Components, record: Record) -> Float[Ten
     """
     total: Tensor | None = None
     for name, x in record.inputs.items():
-        A, B = components.factors(name)
-        u = torch.einsum("nbi,ncim->nbcm", x, A)
-        length = torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)
+        length = squared_lengths(x, *components.factors(name))
         total = length if total is None else total + length
     assert total is not None
     return total
+
+
+def squared_lengths(
+    x: Float[Tensor, "I b d_in"], A: Float[Tensor, "I C d_in m"], B: Float[Tensor, "I C m d_out"]
+) -> Float[Tensor, "I b C"]:
+    """‖x_b A_c B_c‖² of every sample and component of one layer."""
+    u = torch.einsum("nbi,ncim->nbcm", x, A)
+    return torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)
