@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastapd import functional as functional
+    from fastapd import nn as nn
     from fastapd import ops as ops
     from fastapd._precision import use_precision as use_precision
     from fastapd.backends import explain as explain
@@ -32,6 +34,8 @@ _WHERE = {
     "RunConfig": "fastapd.config",
     "decompose": "fastapd.training",
     "explain": "fastapd.backends",
+    "functional": "",
+    "nn": "",
     "ops": "",
     "use_backend": "fastapd.backends",
     "use_precision": "fastapd._precision",
@@ -47,6 +51,8 @@ __all__ = [
     "__version__",
     "decompose",
     "explain",
+    "functional",
+    "nn",
     "ops",
     "use_backend",
     "use_precision",

@@ -86,6 +86,18 @@ def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:
     return {name: g.permute(1, 2, 0, 3) for name, g in zip(record.outputs, gradients, strict=True)}
 
 
+def rows_of_jacobian(output: Float[Tensor, "... o"], wanted: Sequence[Tensor], **settings: bool) -> Sequence[Tensor]:
+    """For each wanted tensor, the gradients of every output of each sample by it: [n_outputs, *its shape].
+
+    Args:
+        output: Its last axis holds the outputs; samples must not depend on each other.
+        wanted: What it is differentiated by.
+        settings: For `torch.autograd.grad`.
+    """
+    directions = _one_hot(output, output.dim() - 1, slice(None))
+    return torch.autograd.grad(output, wanted, directions, is_grads_batched=True, **settings)
+
+
 def _one_hot(output: Tensor, axes: int, chunk: slice) -> Tensor:
     """Directions over the outputs of each sample: a sample only reaches its own, so summing over them mixes nothing."""
     shape = output.shape[axes:]
@@ -279,9 +291,21 @@ def activation_attributions(components: Components, record: Record) -> Float[Ten
     """
     total: Tensor | None = None
     for name, x in record.inputs.items():
+<<<<<<< HEAD
         A, B = factors(components, record, name)
         u = torch.einsum("nbi,ncim->nbcm", x, A)
         length = torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)
+=======
+        length = squared_lengths(x, *components.factors(name))
+>>>>>>> functional/main
         total = length if total is None else total + length
     assert total is not None
     return total
+
+
+def squared_lengths(
+    x: Float[Tensor, "I b d_in"], A: Float[Tensor, "I C d_in m"], B: Float[Tensor, "I C m d_out"]
+) -> Float[Tensor, "I b C"]:
+    """‖x_b A_c B_c‖² of every sample and component of one layer."""
+    u = torch.einsum("nbi,ncim->nbcm", x, A)
+    return torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastapd._random import stream
+from fastapd._schedule import scheduled
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.evaluation import Activations, Distance, Step, evaluate
@@ -42,18 +43,7 @@ def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
     With s steps after the warm-up out of S: constant 1; linear 1 − s/S; cosine cos(½π s/(S−1)); exponential
     0.5^(s/halflife). Source: `get_lr_schedule_fn` and `get_lr_with_warmup` of ApolloResearch/apd.
     """
-    warmup = int(steps * optimiser.warmup)
-    if step < warmup:
-        return optimiser.lr * step / warmup
-    s, S = step - warmup, steps - warmup
-    if optimiser.schedule == "linear":
-        return optimiser.lr * (1 - s / S)
-    if optimiser.schedule == "cosine":
-        return optimiser.lr * (math.cos(0.5 * math.pi * s / (S - 1)) if S > 1 else 1.0)
-    if optimiser.schedule == "exponential":
-        assert optimiser.halflife is not None, "checked by the config"
-        return optimiser.lr * 0.5 ** (s / optimiser.halflife)
-    return optimiser.lr
+    return scheduled(step, steps, optimiser.lr, optimiser.schedule, optimiser.warmup, optimiser.halflife)
 
 
 def make_optimiser(components: Components, capturable: bool | None = None) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ Compared by norm, ‖x − x64‖ / ‖x64‖ against the float64 arrays: 1e-9 i
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -28,43 +29,19 @@ from fastapd.metrics import mmcs_ml2r
 from fastapd.model import ComponentModel, find_sites
 from fastapd.training import learning_rate, make_optimiser, train_step
 
-GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+_spec = importlib.util.spec_from_file_location("golden_arrays", Path(__file__).with_name("golden_arrays.py"))
+assert _spec is not None
+assert _spec.loader is not None
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+Arrays, TOLERANCE, batch_second = golden.Arrays, golden.TOLERANCE, golden.batch_second
 BACKENDS = {"reference": ("reference",), "cpu": ("cpu", "reference")}
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 
-class Arrays:
-    """One golden file: inputs in a dtype, and results in float64."""
-
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self.file, self.dtype = np.load(GOLDEN / f"{name}.npz"), dtype
-
-    def __getitem__(self, key: str) -> Tensor:
-        return torch.from_numpy(self.file[key]).to(self.dtype)
-
-    def names(self, prefix: str) -> list[str]:
-        return [key[len(prefix) :] for key in self.file if key.startswith(prefix)]
-
-    def assert_close(self, value: Tensor, key: str) -> None:
-        truth = self.file[key].astype(np.float64)
-        found = value.detach().double().numpy()
-        assert found.shape == truth.shape, f"{key}: {found.shape} is not {truth.shape}"
-        error = np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-300)
-        assert error <= TOLERANCE[self.dtype], f"{key}: relative error {error:.2e}"
-
-    def assert_mask(self, mask: Tensor, key: str) -> None:
-        assert np.array_equal(mask.numpy(), self.file[key]), key
-
-
-def batch_second(t: Tensor) -> Tensor:
-    """Between the research code's [batch, n_instances, ..] and ours."""
-    return t.transpose(0, 1).contiguous()
-
-
-def residual_mlp(z: Arrays, prefix: str = "target/", act: str = "relu", output_act: bool = False) -> ResidualMLP:
+def residual_mlp(z: golden.Arrays, prefix: str = "target/", act: str = "relu", output_act: bool = False) -> ResidualMLP:
     names = z.names(prefix)
     n_layers = len([n for n in names if n.endswith("mlp_in.weight")])
     W_E, W_in = z[prefix + "W_E"], z[prefix + "layers.0.mlp_in.weight"]
@@ -75,13 +52,13 @@ def residual_mlp(z: Arrays, prefix: str = "target/", act: str = "relu", output_a
     return target.requires_grad_(False)
 
 
-def tms(z: Arrays) -> TMS:
+def tms(z: golden.Arrays) -> TMS:
     target = TMS(*z["target/linear1.weight"].shape).to(z.dtype)
     target.load_state_dict({"linear1.weight": z["target/linear1.weight"], "b_final": z["target/b_final"].unsqueeze(1)})
     return target.requires_grad_(False)
 
 
-def components(z: Arrays, prefix: str, ties: dict[str, str] | None = None) -> Components:
+def components(z: golden.Arrays, prefix: str, ties: dict[str, str] | None = None) -> Components:
     names = [n[: -len(".A")] for n in z.names(prefix) if n.endswith(".A")]
     return Components.from_factors({n: (z[f"{prefix}{n}.A"], z[f"{prefix}{n}.B"]) for n in names}, ties)
 

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 import fastapd
-from fastapd import ops
+from fastapd import functional, ops
+from fastapd import nn as layers
 
 NAMES = [
     "APD",
@@ -23,6 +24,8 @@ NAMES = [
     "__version__",
     "decompose",
     "explain",
+    "functional",
+    "nn",
     "ops",
     "use_backend",
     "use_precision",
@@ -43,6 +46,29 @@ OPS = [
     "schatten",
     "schatten_factored",
 ]
+FUNCTIONAL = [
+    "ablation_attributions",
+    "act_recon_loss",
+    "activation_attributions",
+    "batch_topk_mask",
+    "component_sum",
+    "component_weights",
+    "faithfulness_loss",
+    "grad_attributions",
+    "lp_sparsity_loss",
+    "lp_weights",
+    "lr_schedule",
+    "masked_linear",
+    "output_gradients",
+    "param_match_loss",
+    "recon_kl",
+    "recon_mse",
+    "schatten_loss",
+    "tangent_gradient_",
+    "topk_mask",
+    "unit_norm_",
+]
+LAYERS = ["LinearComponents", "TransposedLinearComponents"]
 HEAVY = ("torch", "matplotlib", "triton", "numpy", "scipy", "pydantic", "yaml", "safetensors", "tqdm", "tyro",
          "jaxtyping")  # fmt: skip
 
@@ -68,6 +94,9 @@ def test_public_names_are_pinned():
     assert ops.__all__ == OPS
     public = {name for name in vars(ops) if not name.startswith("_")}
     assert public == set(OPS)
+    assert functional.__all__ == FUNCTIONAL
+    assert {name for name in vars(functional) if not name.startswith("_")} == set(FUNCTIONAL)
+    assert layers.__all__ == LAYERS
 
 
 def test_public_names_resolve():
@@ -75,6 +104,11 @@ def test_public_names_resolve():
         assert getattr(fastapd, name) is not None
     for name in OPS:
         assert getattr(ops, name).__module__.startswith("fastapd.ops.")
+    for name in set(FUNCTIONAL) - {"component_sum"}:
+        assert getattr(functional, name).__module__.startswith("fastapd.functional.")
+    assert functional.component_sum is ops.component_sum
+    for name in LAYERS:
+        assert getattr(layers, name).__module__ == "fastapd.nn"
     namespace: dict[str, object] = {}
     exec("from fastapd import *", namespace)  # noqa: S102
     assert set(NAMES) <= set(namespace)
@@ -90,6 +124,8 @@ def test_public_names_are_those_of_their_modules():
     for value in (explain, use_backend, Components, APD, Optimiser, RunConfig, Decomposition, DivergedError, decompose):
         assert getattr(fastapd, value.__name__) is value
     assert fastapd.ops is ops
+    assert fastapd.functional is functional
+    assert fastapd.nn is layers
 
 
 @pytest.mark.parametrize("name", ["Decompose", "experiments_", "_nothing"])
@@ -145,7 +181,8 @@ def test_import_after_torch_adds_a_handful():
 
 def test_import_of_what_a_step_runs_on_needs_torch_alone():
     """A GPU machine without the package's other dependencies runs the ops, the model and their losses."""
-    rest = ("import fastapd.ops", "import fastapd.evaluation", "import fastapd.attributions, fastapd.components")
+    rest = ("import fastapd.ops", "import fastapd.evaluation", "import fastapd.attributions, fastapd.components",
+            "import fastapd.functional, fastapd.nn")  # fmt: skip
     _, *found = _new_modules("import torch", *rest, "import fastapd; fastapd.decompose")
     for new in found:
         assert new.isdisjoint(set(HEAVY) - {"torch", "numpy"})
