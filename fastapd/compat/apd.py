@@ -1,0 +1,1 @@
+from fastapd.compat._apd_patch import patch, unpatch
