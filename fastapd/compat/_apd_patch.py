@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -40,10 +39,11 @@ _FUNCTIONS = {
 }
 """By the module that defines them. `run_spd_forward_pass` stays: all it does is call these."""
 
-_METHODS: dict[tuple[str, str, str], Callable[..., Any]] = {
+_WEIGHT = property(ours.component_layer_weight)
+_METHODS: dict[tuple[str, str, str], Any] = {
     ("spd.models.components", "LinearComponent", "forward"): ours.component_layer,
-    ("spd.models.components", "LinearComponent", "weight"): ours.component_layer_weight,
-    ("spd.models.components", "TransposedLinearComponent", "weight"): ours.component_layer_weight,
+    ("spd.models.components", "LinearComponent", "weight"): _WEIGHT,
+    ("spd.models.components", "TransposedLinearComponent", "weight"): _WEIGHT,
     ("spd.models.base", "SPDModel", "set_As_to_unit_norm"): ours.set_As_to_unit_norm,
 }
 
@@ -184,7 +184,7 @@ def patch(as_reference: bool = False) -> Patch:
             continue
         cls = getattr(modules[module], owner)
         methods.append((cls, name, vars(cls)[name]))
-        setattr(cls, name, property(new) if isinstance(vars(cls)[name], property) else new)
+        setattr(cls, name, new)
     _rebind(functions)
     _active = _Active(as_reference, functions, methods)
     ours.settings.as_reference = as_reference
