@@ -72,9 +72,7 @@ def _pair(modules: dict[str, Any], run: Run) -> tuple[Any, Any, list[str]]:
     target = models.ResidualMLPModel(models.ResidualMLPConfig(**sizes))
     target.W_E.data /= target.W_E.data.norm(dim=-1, keepdim=True)
     target.W_U.data.copy_(target.W_E.data.mT)
-    model = models.ResidualMLPSPDModel(
-        models.ResidualMLPSPDConfig(**sizes, init_scale=2.0, C=run.config["C"], m=run.m)
-    )
+    model = models.ResidualMLPSPDModel(models.ResidualMLPSPDConfig(**sizes, init_scale=2.0, C=run.config["C"], m=run.m))
     for name in ("W_E", "W_U"):
         model.get_parameter(name).data.copy_(target.get_parameter(name).data)
         model.get_parameter(name).requires_grad = False

@@ -165,7 +165,10 @@ def components_of(model: Any, target_model: Any, param_names: list[str]) -> tupl
         shape: LayerShape = layers[name]
         if not (A.requires_grad and B.requires_grad):
             raise NotKnownError(f"the components of {name} are frozen")
-        if A.shape != (*first.shape[:2], shape.d_in, first.shape[3]) or A.dtype != target_model.get_submodule(name).weight.dtype:
+        if (
+            A.shape != (*first.shape[:2], shape.d_in, first.shape[3])
+            or A.dtype != target_model.get_submodule(name).weight.dtype
+        ):
             raise NotKnownError(f"the components of {name} have another shape or dtype than the target")
     components = Components(
         layers, first.shape[1], first.shape[3], first.shape[0],

@@ -106,9 +106,7 @@ def batches(dataloader: Iterable[Any], write: Callable[[str], None]) -> Iterator
 
 def terms_of(model: ComponentModel, method: APD, config: Any, x: Tensor, step: Step, acts: Any) -> dict[str, Tensor]:
     """Every term the research code prints, by its name; those with a coefficient of zero are computed for that."""
-    zero = {
-        ours: 1.0 for ours, key in TERMS.values() if getattr(config, key) == 0 and ours not in step.terms
-    }
+    zero = {ours: 1.0 for ours, key in TERMS.values() if getattr(config, key) == 0 and ours not in step.terms}
     found = dict(step.terms)
     if zero:
         with torch.no_grad():
@@ -152,9 +150,7 @@ def train(
         last = step == config.steps
         printed = step % config.print_freq == 0
         with torch.set_grad_enabled(not last):
-            found = evaluate(
-                model, method, x, acts, output_reconstruction=printed, accumulate=not last
-            )
+            found = evaluate(model, method, x, acts, output_reconstruction=printed, accumulate=not last)
         if printed:
             total = found.total.item()
             terms = terms_of(model, method, config, x, found, acts)

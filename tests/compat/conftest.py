@@ -1,7 +1,7 @@
 """The research code, where it is: an installed `spd` of ApolloResearch/apd, or the checkout FASTAPD_APD_REPO names.
 
-What it imports and these tests do not need is replaced by stand-ins where it is missing: wandb, dotenv, fire. Its logger
-always is, as it writes into the checkout. Nothing of it is changed on disk.
+What it imports and these tests do not need is replaced by stand-ins where it is missing: wandb, dotenv, fire. Its
+logger always is, as it writes into the checkout. Nothing of it is changed on disk.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Spd:
     def caches(self, model: Any, target: Any, batch: torch.Tensor) -> dict[str, Any]:
         """The arguments of `calculate_attributions` but the type."""
         target_out, cache = target.run_with_cache(batch, names_filter=lambda k: k.endswith((".hook_pre", ".hook_post")))
-        out, own = model.run_with_cache(batch, names_filter=lambda k: k.endswith((".hook_post", ".hook_component_acts")))
+        out, own = model.run_with_cache(
+            batch, names_filter=lambda k: k.endswith((".hook_post", ".hook_component_acts"))
+        )
         return {
             "model": model,
             "batch": batch,

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastapd.compat import _apd_functions as functions
-from fastapd.compat import _apd_patch
+from fastapd.compat import _apd_attributions, _apd_patch
 
 
 def _both(spd: Any, patched: Any, name: str, call: Any, **flags: Any) -> tuple[Any, Any]:
@@ -59,7 +58,7 @@ def test_every_replaced_function_keeps_its_signature(spd, patched):
 
 
 def _network(instances: bool) -> dict[str, Any]:
-    """Two layers with a nonlinearity: the acts, weights and outputs that attributions want, with or without instances."""
+    """Two layers with a nonlinearity between them: what attributions want, with or without instances."""
     n = (3,) if instances else ()
     W1, W2 = torch.randn(*n, 5, 4), torch.randn(*n, 4, 6)
     x = torch.randn(7, *n, 5)
@@ -83,7 +82,7 @@ def _network(instances: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("parts", [False, True])
 def test_calc_grad_attributions(spd, patched, monkeypatch, instances, parts):
     if parts:  # a few outputs, a few samples at a time
-        monkeypatch.setattr(functions, "MOST_ENTRIES", 200)
+        monkeypatch.setattr(_apd_attributions, "MOST_ENTRIES", 200)
     network = _network(instances)
     factors = network.pop("factors")
     leaves = [t for pair in factors.values() for t in pair]
@@ -144,12 +143,12 @@ def test_calculate_attributions_uses_a_gradient_that_somebody_else_put_there(spd
 
 def test_calculate_attributions_refuses_another_type(spd, patched):
     arguments = spd.caches(*spd.tms(), torch.rand(3, 2, 5))
-    with patched(), pytest.raises(ValueError, match="attribution_type must be .*, got 'other'"):
+    with patched(), pytest.raises(ValueError, match=r"attribution_type must be .*, got 'other'"):
         spd.calculate_attributions(**arguments, attribution_type="other")
 
 
 def test_calc_ablation_attributions_is_what_the_research_code_means(spd, patched):
-    model, target = spd.tms()
+    model, _ = spd.tms()
     batch = torch.rand(4, 2, 5)
     out = model(batch)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

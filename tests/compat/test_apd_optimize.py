@@ -74,7 +74,9 @@ def test_optimize_writes_plots_and_logs_when_the_research_code_does(spd, patched
 
         def plot(calls: list[Any] = calls, **arguments: Any) -> dict[str, Any]:
             model, mask = arguments["model"], arguments["topk_mask"]
-            calls.append((arguments["step"], sorted(arguments), mask, arguments["batch"].sum(), model.linear1.A.sum().item()))
+            calls.append(
+                (arguments["step"], sorted(arguments), mask, arguments["batch"].sum(), model.linear1.A.sum().item())
+            )
             torch.rand(3)  # plots may draw
             return {}
 
@@ -86,7 +88,9 @@ def test_optimize_writes_plots_and_logs_when_the_research_code_does(spd, patched
     _close([line.replace("/ours/", "/theirs/") for line in our_lines], their_lines, 1e-4)
     assert [c[:2] for c in our_calls] == [c[:2] for c in their_calls]
     assert [c[0] for c in our_calls] == [2, 4, 6]
-    for (*_, mask, batch, weight), (*_, other_mask, other_batch, other_weight) in zip(our_calls, their_calls, strict=True):
+    for (*_, mask, batch, weight), (*_, other_mask, other_batch, other_weight) in zip(
+        our_calls, their_calls, strict=True
+    ):
         assert torch.equal(mask, other_mask)
         assert batch == other_batch
         assert weight == pytest.approx(other_weight, rel=1e-4)
@@ -173,7 +177,10 @@ def test_optimize_keeps_a_zero_column_zero(spd, patched):
     [
         (lambda model, target: setattr(model.b_final, "requires_grad", True), "b_final is trained as well"),
         (lambda model, target: model.b_final.data.add_(1), "b_final is not the target's"),
-        (lambda model, target: target.linear1.hook_post.add_hook(lambda t, hook: None), "hooked into linear1.hook_post"),
+        (
+            lambda model, target: target.linear1.hook_post.add_hook(lambda t, hook: None),
+            "hooked into linear1.hook_post",
+        ),
     ],
 )
 def test_optimize_runs_the_research_loop_where_ours_does_not_fit_and_says_why(spd, patched, change, why):
