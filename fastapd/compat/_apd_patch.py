@@ -106,9 +106,9 @@ def _rebind(pairs: list[tuple[Any, Any]]) -> None:
                 setattr(module, key, by_id[id(value)])
 
 
-def originals() -> dict[str, Any]:
-    """The research code's own functions by name, while they are replaced."""
-    return {} if _active is None else {new.__name__: old for old, new in _active.functions}
+def is_active() -> bool:
+    """Whether the research code runs on fastapd."""
+    return _active is not None
 
 
 def replaced_elsewhere() -> list[str]:

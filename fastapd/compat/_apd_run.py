@@ -7,6 +7,8 @@ the same trajectory.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from fastapd.compat._apd_config import Config
 from fastapd.compat._apd_files import load_target, state_of, target_path, train_config
 from fastapd.compat._apd_models import TMS, NotKnownError, ResidualMLP, Target, ties
-from fastapd.compat._apd_optimize import Callbacks, batches, method_of, rate_of, run, train
+from fastapd.compat._apd_optimize import Callbacks, batches, method_of, rate_of, train
+from fastapd.compat._apd_patch import is_active, patch
+from fastapd.compat._apd_steps import KnownStep
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.model import ComponentModel, find_sites
@@ -187,7 +191,8 @@ def _plain(
 
     callbacks = Callbacks(write, plot if plot_results_fn is not None else None, save if out is not None else None, log)
     steps = tqdm(range(config.steps + 1), ncols=0, disable=not progress)
-    train(model, method, config, device, batches(data, write), rate_of(config), steps, callbacks)
+    form = KnownStep(model, method, config)
+    train(form, config, device, batches(data, write), rate_of(config), steps, callbacks)
     return result
 
 
@@ -228,7 +233,8 @@ def optimize(
 
     Raises:
         ConfigError: If the configuration is not valid.
-        ValueError: If fastapd's step does not cover the models or the settings.
+        ValueError: If the settings contradict each other or the target.
+        ImportError: If models are given and the research code is not there.
         FileExistsError: If `out` already holds a run.
     """
     if config is None and not isinstance(model, nn.Module):
@@ -242,12 +248,9 @@ def optimize(
                                   ("param_names", param_names)) if v is None]  # fmt: skip
         if missing:
             raise ValueError(f"optimize: {', '.join(missing)} must be given with a model, got nothing")
-        assert dataloader is not None
-        assert param_names is not None
-        try:
-            run(model, config, device, dataloader, target_model, param_names, plot_results_fn, folder)
-        except NotKnownError as error:
-            raise ValueError(f"optimize: {error}; with patch() the research code's own loop would run") from None
+        with contextlib.nullcontext() if is_active() else patch():
+            run_spd: Any = importlib.import_module("spd.run_spd")
+            run_spd.optimize(model, config, device, dataloader, target_model, param_names, plot_results_fn, folder)
         return None
     if isinstance(config, (str, Path)):
         config = Config.from_yaml(config)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastapd.compat import _apd_optimize
+
 TOPK: dict[str, Any] = {"topk": 1.3, "topk_recon_coeff": 1.0, "schatten_coeff": 0.7, "schatten_pnorm": 0.9}
 LP: dict[str, Any] = {"lp_sparsity_coeff": 0.7, "pnorm": 0.9, "schatten_coeff": 0.1, "schatten_pnorm": 1.0}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,13 +185,42 @@ def test_optimize_keeps_a_zero_column_zero(spd, patched):
         ),
     ],
 )
-def test_optimize_runs_the_research_loop_where_ours_does_not_fit_and_says_why(spd, patched, change, why):
+def test_optimize_takes_another_step_where_the_models_are_not_as_expected(spd, patched, caplog, change, why):
     pair, config = spd.tms(), spd.config("tms", **TOPK, steps=10)
     change(*pair)
     theirs = spd.run(pair, "tms", config)
-    with patched(), pytest.warns(UserWarning, match=why):
+    with patched(), caplog.at_level("DEBUG", "fastapd"):
         ours = spd.run(pair, "tms", config)
+    assert why in caplog.text
     _close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_optimize_of_any_model_prints_the_losses_of_the_research_code(spd, patched, monkeypatch, name):
+    def refuse(*_: Any) -> Any:
+        raise _apd_optimize.NotKnownError("this is a test")
+
+    kind, settings = RUNS[name]
+    pair, config = _pair(spd, kind), spd.config(_task(kind), **settings)
+    active = "exactly_two_active" if "sample" in name else "at_least_zero_active"
+    theirs = spd.run(pair, kind, config, active)
+    monkeypatch.setattr(_apd_optimize, "components_of", refuse)
+    with patched():
+        ours = spd.run(pair, kind, config, active)
+    _close(ours, theirs, 1e-4)
+    assert all(p.grad is None for p in spd.target.parameters())
+
+
+def test_optimize_of_any_model_computes_what_it_does_not_print_no_more_than_needed(spd, patched, monkeypatch):
+    """The same parameters come out whether or not steps are printed."""
+    monkeypatch.setattr(_apd_optimize, "method_of", lambda *_: (_ for _ in ()).throw(_apd_optimize.NotKnownError("x")))
+    for settings in (RUNS["tms-topk"][1], RUNS["tms-lp"][1], RUNS["tms-act-recon"][1]):
+        found = []
+        for print_freq in (1, 1000):
+            with patched():
+                spd.run(spd.tms(), "tms", spd.config("tms", **{**settings, "print_freq": print_freq, "steps": 10}))
+            found.append(spd.model.linear1.A.detach().clone())
+        assert torch.equal(*found)
 
 
 def test_optimize_uses_a_loss_that_somebody_else_put_there(spd, patched, monkeypatch):
@@ -197,8 +228,7 @@ def test_optimize_uses_a_loss_that_somebody_else_put_there(spd, patched, monkeyp
         own = spd.modules["run_spd"].calc_schatten_loss
         calls = []
         monkeypatch.setattr(spd.modules["run_spd"], "calc_schatten_loss", lambda **k: calls.append(1) or own(**k))
-        with pytest.warns(UserWarning, match=r"spd\.run_spd\.calc_schatten_loss is somebody else's"):
-            spd.run(spd.tms(), "tms", spd.config("tms", **TOPK, steps=2))
+        spd.run(spd.tms(), "tms", spd.config("tms", **TOPK, steps=2))
         assert len(calls) == 3
         monkeypatch.undo()
 
@@ -226,3 +256,15 @@ def test_optimize_restores_the_layout_after_an_interruption(spd, patched):
         spd.run(pair, "tms", config, plot_results_fn=plot)
     assert spd.model.linear1.A.is_contiguous()
     assert not torch.equal(spd.model.linear1.A, pair[0].linear1.A)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({**TOPK, "exact_topk": True}, "exact_topk must be false without batch_topk and one instance, got True"),
+        ({"schatten_coeff": 1.0, "schatten_pnorm": 0.9}, "topk must be given, or lp_sparsity_coeff, with schatten"),
+    ],
+)
+def test_optimize_refuses_settings_that_contradict_each_other(spd, patched, settings, said):
+    with patched(), pytest.raises(ValueError, match=said):
+        spd.run(spd.tms(), "tms", spd.config("tms", **settings))

@@ -175,7 +175,7 @@ spec.loader.exec_module(loader)
 assert isinstance(found := loader.load_spd(), dict), found
 loader.apd.patch()
 import pytest
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "error:optimize:UserWarning", {tests!r}]))
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", {tests!r}]))
 """
 
 
