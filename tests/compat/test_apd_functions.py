@@ -22,7 +22,9 @@ def _both(spd: Any, patched: Any, name: str, call: Any, **flags: Any) -> tuple[A
 def _close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max() + 1e-30))
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max() + 1e-30)
+    )
 
 
 def _gradients(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
