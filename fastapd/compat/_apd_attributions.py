@@ -52,6 +52,27 @@ def _samples_first(g: Tensor) -> Tensor:
     return g.movedim(0, 1) if g.dim() == 3 else g.permute(2, 1, 0, 3)
 
 
+def _component_acts(x: Tensor, P: Tensor) -> Tensor:
+    """What every component writes, [.., b, C, d_out]."""
+    return torch.einsum("...bi,...cio->...bco", x, P)
+
+
+def _squares(gs: list[Tensor], acts: list[Tensor]) -> Tensor:
+    """sum_o (sum_l <g_lo, y_lc>)², [.., b, C], some samples at a time."""
+    batch, n_outputs = acts[0].shape[-3], gs[0].shape[-2]
+    at_once = max(1, MOST_ENTRIES // max(1, math.prod(acts[0].shape[:-3]) * n_outputs * acts[0].shape[-2]))
+    parts = []
+    for start in range(0, batch, at_once):
+        n = min(at_once, batch - start)
+        effect: Tensor | None = None
+        for g, y in zip(gs, acts, strict=True):
+            each = g.narrow(-3, start, n) @ y.narrow(-3, start, n).mT  # [.., n, o, C]
+            effect = each if effect is None else effect + each
+        assert effect is not None
+        parts.append(effect.square().sum(-2))
+    return torch.cat(parts, -2) if parts else acts[0].new_zeros(acts[0].shape[:-1])
+
+
 def factor_attributions(
     target_out: Tensor,
     pre_weight_acts: Mapping[str, Tensor],
@@ -107,24 +128,10 @@ def calc_grad_attributions(
         "calc_grad_attributions", post_weight_acts=post, pre_weight_acts=pre, component_weights=component_weights
     )
     names = list(post)
-    acts = []
-    for name in names:
-        x, P = instances_first(pre[name].detach()), component_weights[name]
-        acts.append(torch.einsum("...bi,...cio->...bco", x, P))
+    acts = [_component_acts(instances_first(pre[name].detach()), component_weights[name]) for name in names]
     total = target_out.new_zeros(*acts[0].shape[:-2], C)
     for found in _output_gradients(target_out, [post[name] for name in names]):
-        gs = [_samples_first(g) for g in found]
-        at_once = max(1, MOST_ENTRIES // max(1, math.prod(gs[0].shape[:-3]) * gs[0].shape[-2] * C))
-        parts = []
-        for start in range(0, gs[0].shape[-3], at_once):
-            effect: Tensor | None = None
-            for g, y in zip(gs, acts, strict=True):
-                each = g.narrow(-3, start, min(at_once, g.shape[-3] - start))
-                each = each @ y.narrow(-3, start, each.shape[-3]).mT  # [.., b, o, C]
-                effect = each if effect is None else effect + each
-            assert effect is not None
-            parts.append(effect.square().sum(-2))
-        total = total + torch.cat(parts, -2) if parts else total
+        total = total + _squares([_samples_first(g) for g in found], acts)
     return instances_first(total)
 
 

@@ -268,3 +268,43 @@ def test_optimize_restores_the_layout_after_an_interruption(spd, patched):
 def test_optimize_refuses_settings_that_contradict_each_other(spd, patched, settings, said):
     with patched(), pytest.raises(ValueError, match=said):
         spd.run(spd.tms(), "tms", spd.config("tms", **settings))
+
+
+class _Wandb:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.told.append((step, values))
+
+    def save(self, path: str, base_path: Any, policy: str) -> None:
+        self.told.append((path.rpartition("/")[2], policy))
+
+    @staticmethod
+    def Image(figure: Any) -> Any:
+        return ("image", figure)
+
+
+@pytest.mark.parametrize("project", [None, "a project"])
+def test_optimize_tells_wandb_the_same_and_only_if_there_is_a_project(spd, patched, monkeypatch, tmp_path, project):
+    settings = {**TOPK, "steps": 4, "print_freq": 2, "image_freq": 4, "save_freq": 2, "wandb_project": project}
+    config, told = spd.config("tms", **settings), []
+    for on in (False, True):
+        wandb = _Wandb()
+        monkeypatch.setattr(spd.modules["run_spd"], "wandb", wandb)
+        with patched() if on else warnings.catch_warnings():
+            spd.run(spd.tms(), "tms", config, plot_results_fn=lambda **_: {"a": 1}, out_dir=tmp_path)
+        told.append(wandb.told)
+    theirs, ours = told
+    assert len(ours) == len(theirs) == (9 if project else 0)
+    for (what, values), (their_what, their_values) in zip(ours, theirs, strict=True):
+        assert what == their_what
+        if not isinstance(their_values, dict):
+            assert values == their_values
+            continue
+        assert list(values) == list(their_values)
+        for key, value in their_values.items():
+            same = value if value is None or isinstance(value, tuple) else pytest.approx(float(value), rel=1e-4)
+            assert (values[key] if same is value else float(values[key])) == same, key
