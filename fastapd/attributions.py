@@ -291,13 +291,7 @@ def activation_attributions(components: Components, record: Record) -> Float[Ten
     """
     total: Tensor | None = None
     for name, x in record.inputs.items():
-<<<<<<< HEAD
-        A, B = factors(components, record, name)
-        u = torch.einsum("nbi,ncim->nbcm", x, A)
-        length = torch.einsum("nbcm,ncmk,nbck->nbc", u, B @ B.mT, u)
-=======
-        length = squared_lengths(x, *components.factors(name))
->>>>>>> functional/main
+        length = squared_lengths(x, *factors(components, record, name))
         total = length if total is None else total + length
     assert total is not None
     return total

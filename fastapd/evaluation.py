@@ -94,8 +94,9 @@ def select(
 
 
 def _attributions(model: ComponentModel, method: APD, x: Inputs, target: Record | None, full: Record | None) -> Tensor:
-    """By the method's measure; differentiable only in the Lp form, which is the only one that needs it."""
-    with torch.set_grad_enabled(method.topk is None and torch.is_grad_enabled()):
+    """By the method's measure; differentiable only where the loss holds them, in the Lp form or its sparsity term."""
+    needed = method.topk is None or bool(method.lp_sparsity)
+    with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
         if method.attribution == "activation":
             assert full is not None
             return activation_attributions(model.components, full)

@@ -102,6 +102,12 @@ def update(
     if method.unit_norm:
         model.components.normalise_()
     step = evaluate(model, method, x, activations, distance=distance, accumulate=True)
+    descend(model, method, optimiser, step)
+    return step
+
+
+def descend(model: ComponentModel, method: APD, optimiser: torch.optim.Optimizer, step: Step) -> None:
+    """The half of `update` behind the evaluation, which has to be one that accumulates: differentiate and update."""
     if step.terms:
         differentiable = [name for name in step.coefficients if step.terms[name].requires_grad]
         if differentiable:
@@ -112,7 +118,6 @@ def update(
         if method.unit_norm:
             model.components.tangent_gradients_()
         optimiser.step()
-    return step
 
 
 def _slope(coefficient: float, term: Tensor) -> Tensor:
