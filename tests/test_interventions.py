@@ -101,14 +101,18 @@ def test_ablate_resample_takes_another_sample():
 
 
 def test_ablate_resample_takes_the_same_sample_in_every_layer():
-    """With everything resampled from the target's own inputs, a sample gets the other sample's last layer."""
-    found = _mlp()
-    x = torch.randn(7, 5).double()
-    hidden = nn.functional.gelu(found.model.target[0](x))
-    outputs = hidden @ found.parts("2")[0].sum(0) + found.model.target[2].bias
-    for how in ([], {"0": [], "2": []}):
-        got = found.ablate(x, how, how="resample")
-        assert (got[:, None] - outputs[None]).norm(dim=-1).min(1).values.max() < 1e-13
+    """Each layer writes what it wrote on the other sample, of the target itself; the stream beside them is its own."""
+    found = _residual()
+    t, x = found.model.target, torch.randn(7, 5).double()
+    first, second = found.parts("a")[0].sum(0), found.parts("b")[0].sum(0)
+    h = x + t.a(x).relu()
+    wrote = (x @ first + t.a.bias).relu() + (h @ second + t.b.bias).relu()  # of the sample that stands in
+    candidates = x[:, None] + wrote[None]  # [b, b', 5]
+    candidates = candidates.tanh() + t.c(candidates).sum(-1, keepdim=True)
+    for keep in ([], {"a": [], "b": []}):
+        distance = (found.ablate(x, keep, how="resample")[:, None] - candidates).norm(dim=-1)
+        chosen = distance.argmin(1)
+        assert distance.gather(1, chosen[:, None]).max() < 1e-13 and (chosen != torch.arange(7)).all()
 
 
 def test_ablate_half_and_partial_draw_weights_of_the_inactive_ones():
