@@ -259,10 +259,33 @@ def test_ablation_losses_are_those_of_ablate(make):
     for how in HOW:
         assert list(losses[how]) == ["scrubbed", "anti-scrubbed"]
         assert held(losses[how]["scrubbed"]) == pytest.approx(value(found.ablate(x, mask, how=how, steps=3)))
-        assert held(losses[how]["anti-scrubbed"]) == pytest.approx(value(found.ablate(x, drop=mask, how=how, steps=3)))
+        if how not in ("half", "partial"):
+            anti = found.ablate(x, drop=mask, how=how, steps=3)
+            assert held(losses[how]["anti-scrubbed"]) == pytest.approx(value(anti))
     alone = found.ablation_losses(x, [1], how=["half"], residual=True)
     assert list(alone) == ["unmasked", "half"] and max(held(alone["unmasked"])) < 1e-24
     assert held(alone["half"]["scrubbed"]) == pytest.approx(value(found.ablate(x, [1], how="half", residual=True)))
+
+
+@pytest.mark.parametrize("how", ["half", "partial"])
+def test_ablation_losses_anti_scrub_as_the_paper_does(how):
+    """The active ones are off and the others have the weights of the draw; the output is the weights."""
+    target = nn.Sequential(nn.Linear(C, C, bias=False)).double().requires_grad_(False)
+    nn.init.eye_(target[0].weight)
+    found = Decomposition.from_matrices(target, {"0": torch.diag_embed(torch.eye(C))})
+    x, seen = torch.ones(2000, C).double(), []
+
+    def distance(output: Tensor, of_target: Tensor) -> Tensor:
+        seen.append(output[0])
+        return (output - of_target).square().mean((-2, -1))
+
+    losses = found.ablation_losses(x, [1], how=[how], distance=distance)
+    _, scrubbed, anti = seen
+    assert (scrubbed[:, 1] == 1).all() and (anti[:, 1] == 0).all()
+    rest = [0, 2, 3]
+    assert torch.equal(scrubbed[:, rest], anti[:, rest])
+    assert anti[:, rest].mean().item() == pytest.approx(0.5, abs=0.02)
+    assert losses[how]["anti-scrubbed"] == pytest.approx(losses[how]["scrubbed"] + 1 / C)
 
 
 def test_ablation_losses_tell_components_that_matter():
