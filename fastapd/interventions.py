@@ -135,7 +135,9 @@ class Interventions:
 
         Returns:
             "unmasked": the loss with all components on; and for each way a dict with "scrubbed", the inactive ones
-            ablated, and "anti-scrubbed", the active ones. A float, or a list with one for each instance.
+            ablated, and "anti-scrubbed", the active ones. For "half" and "partial" anti-scrubbing is that of the APD
+            paper's figures: the active ones are off, and the inactive ones have the drawn weights all the same. A
+            float, or a list with one for each instance.
 
         Raises:
             As `ablate`.
@@ -154,11 +156,14 @@ class Interventions:
 
         with torch.no_grad():
             found["unmasked"] = loss(
-                _masks.run(self.model, x, {name: all_on(layer) for name, layer in scrubbed.items()})
+                _masks.run(self.model, x, {name: layer._replace(active=None) for name, layer in scrubbed.items()})
             )
             for name in how:
-                both = {"scrubbed": scrubbed, "anti-scrubbed": anti}
-                found[name] = {label: loss(self._ablated(x, kept, name, *options)) for label, kept in both.items()}
+                off = name in ("half", "partial")
+                found[name] = {
+                    "scrubbed": loss(self._ablated(x, scrubbed, name, *options)),
+                    "anti-scrubbed": loss(self._ablated(x, anti, name, *options, off=off)),
+                }
         return found
 
     @torch.no_grad()
@@ -264,7 +269,9 @@ class Interventions:
         steps: int,
         step_size: float,
         distance: Distance | None,
+        off: bool = False,
     ) -> Tensor:
+        """As `ablate`; with `off`, weights g r: what is not kept is off, and the draw weighs what is kept."""
         if how == "zero":
             return _masks.run(self.model, x, kept)
         output, seen = _masks.observe(self.model, x)
@@ -294,7 +301,8 @@ class Interventions:
             for name in ablated:
                 g = kept[name].active
                 assert isinstance(g, Tensor)
-                layers[name] = kept[name]._replace(active=torch.lerp(r[places[name]], torch.ones_like(g), g))
+                weights = r[places[name]] * g if off else torch.lerp(r[places[name]], torch.ones_like(g), g)
+                layers[name] = kept[name]._replace(active=weights)
             return _masks.run(self.model, x, layers)
 
         if how != "adversarial" or not draws:
@@ -319,13 +327,6 @@ class Interventions:
             return site.from_instances(y, x)
 
         return self.model._run(x, run)[0]
-
-
-def all_on(layer: Layer) -> Layer:
-    """The same layer with none of its components ablated."""
-    if layer.active is None:
-        return layer
-    return layer._replace(active=None)
 
 
 def plain(values: Tensor) -> float | list[float]:

@@ -33,7 +33,15 @@ class Scores:
 
     @torch.no_grad()
     def select(self, x: Any) -> tuple[Step, Record]:
-        """What the method selects on a batch (attributions, mask, counts), and the forward pass of it."""
+        """What the method selects on a batch, and the forward pass of it.
+
+        Args:
+            x: A batch of the target's inputs.
+
+        Returns:
+            The `Step` (attributions, selection, mask, counts, terms of the loss), and the `Record` of the component
+            model on that selection (output, and every layer's inputs and outputs).
+        """
         step = evaluate(self.model, self.method, x)
         return step, self.model.forward(x, step.selection, step.always_on)
 

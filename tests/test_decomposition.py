@@ -1,9 +1,11 @@
-"""The result: running chosen components, scores that need no training, edits, directions, and making one by hand."""
+"""The result: running chosen components, scores that need no training, and making one by hand."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -165,18 +167,19 @@ def _masked(found: Decomposition, x: Tensor, weights: dict[str, Tensor], residua
     return x
 
 
-def test_decomposition_with_all_on_is_the_model_however_unfaithful():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decomposition_with_all_on_is_the_model_however_unfaithful(dtype):
     for target, patterns, x in (
-        (_tms(3), ["linear*"], torch.rand(3, 7, 5).double()),
-        (_mlp(), ["0", "2"], torch.randn(2, 7, 5).double()),
-        (_mlp().float(), ["*"[:0] + "0"], torch.randn(7, 5)),
+        (_tms(3), ["linear*"], torch.rand(3, 7, 5)),
+        (_mlp(), ["0", "2"], torch.randn(2, 7, 5)),
     ):
-        found = _of(target, patterns)
-        if x.dtype == torch.float32:
-            found = Decomposition.from_factors(target, {"0": (torch.randn(4, 5, 2), torch.randn(4, 2, 6))})
+        target, x = target.to(dtype), x.to(dtype)
+        found = _of(target, patterns, factors=lambda W: (torch.randn(len(W), 4, W.shape[1], 2).to(W),
+                                                         torch.randn(len(W), 4, 2, W.shape[2]).to(W)))  # fmt: skip
         assert float(found.score(x)["faithfulness_error"].min()) > 0.1
-        torch.testing.assert_close(found(x), target(x), rtol=0, atol=1e-13 if x.dtype == torch.float64 else 1e-5)
-        torch.testing.assert_close(found(x, range(4), residual=True), found(x), rtol=1e-5, atol=1e-5)
+        tolerance = {"rtol": 0, "atol": 1e-13 if dtype == torch.float64 else 1e-5}
+        torch.testing.assert_close(found(x), target(x), **tolerance)
+        torch.testing.assert_close(found(x, range(4), residual=True), target(x), **tolerance)
         assert (found(x, range(4)) - found(x)).abs().max() > 1e-2
         assert torch.equal(found(x, residual=False), found.model.forward(x).output)
         assert not found(x).requires_grad
@@ -397,165 +400,6 @@ def test_decomposition_from_factors_of_a_tied_target_wants_its_ties():
     assert [site.name for site in alone.model.sites] == ["linear1"]
 
 
-# ---- edited weights
-
-
-def test_decomposition_state_dict_without_edits_is_the_targets():
-    for target, patterns in ((_tms(), ["linear*"]), (_mlp(), ["0", "2"])):
-        state = _of(target, patterns).state_dict()
-        own = target.state_dict()
-        assert list(state) == list(own)
-        for name, t in own.items():
-            torch.testing.assert_close(state[name], t, rtol=0, atol=0)
-            assert state[name].data_ptr() != t.data_ptr()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_decomposition_state_dict_runs_as_the_masks_do(dtype):
-    target = _mlp().to(dtype)
-    P = {"0": torch.randn(4, 5, 6) * 0.3, "2": torch.randn(4, 6, 3) * 0.3}
-    found = Decomposition.from_matrices(target, P)
-    x = torch.randn(7, 5, dtype=dtype)
-    before = {name: t.clone() for name, t in target.state_dict().items()}
-
-    def run(**edit):
-        fresh = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)).to(dtype)
-        state = found.state_dict(**edit)
-        assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
-            name: (t.shape, t.dtype) for name, t in fresh.state_dict().items()
-        }
-        fresh.load_state_dict(state, strict=True)
-        assert torch.equal(fresh(x), found.edited(**edit)(x))
-        return fresh(x).detach()
-
-    turned = torch.tensor([1.0, 0.5, 1.0, -1.0])
-    torch.testing.assert_close(run(scale={3: -1.0, 1: 0.5}), found(x, turned, residual=True))
-    torch.testing.assert_close(run(scale={3: -1.0, 1: 0.5}, residual=False), found(x, turned))
-    torch.testing.assert_close(run(only=[1, 2]), found(x, [1, 2], residual=True))
-    torch.testing.assert_close(run(only=[1, 2], residual=False), found(x, [1, 2]))
-    weights = torch.tensor([0.0, 2.0, 1.0, 0.0])
-    torch.testing.assert_close(run(only=[1, 2], scale={1: 2}), found(x, weights, residual=True))
-    torch.testing.assert_close(run(scale={"2": {3: -1.0, 1: 0.5}}), found(x, {"2": turned}, residual=True))
-    torch.testing.assert_close(run(only={"2": [1]}), found(x, {"2": [1]}, residual=True))
-    torch.testing.assert_close(found.state_dict({2: 0.0})["0.weight"], before["0.weight"] - P["0"][2].to(dtype).mT)
-    assert all(torch.equal(t, before[name]) for name, t in target.state_dict().items())
-
-
-def test_decomposition_state_dict_of_instances_and_a_tied_layer():
-    target = _tms()
-    found = _of(target, ["linear*"])
-    x = torch.rand(2, 7, 5).double()
-    other = found.edited({1: -1.0})
-    assert isinstance(other, TMS) and other.linear2.owner is other.linear1
-    torch.testing.assert_close(other.linear1.weight, target.linear1.weight - 2 * found.parts("linear1")[:, 1])
-    weights = torch.tensor([1.0, -1.0, 1.0, 1.0])
-    torch.testing.assert_close(other(x), found(x, weights, residual=True))
-    with pytest.raises(ValueError, match=r"^Decomposition: scale must name layers among linear1, got \['linear2'\]$"):
-        found.edited({"linear2": {1: 0.0}})
-
-
-class _Shared(nn.Module):
-    """An unembedding that shares its matrix with the embedding, which is no decomposed layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unembed = nn.Linear(4, 9, bias=False)
-        self.embed = nn.Embedding(9, 4)
-        self.embed.weight = self.unembed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.unembed(self.embed(x))
-
-
-def test_decomposition_state_dict_edits_what_shares_the_matrix():
-    target = _Shared().requires_grad_(False)
-    found = Decomposition.from_matrices(target, {"unembed": torch.randn(3, 4, 9)})
-    state = found.state_dict({0: 0.0})
-    assert set(state) == {"unembed.weight", "embed.weight"}
-    torch.testing.assert_close(state["unembed.weight"], target.unembed.weight - found.parts("unembed")[0, 0].mT)
-    assert torch.equal(state["embed.weight"], state["unembed.weight"])
-    other = found.edited({0: 0.0})
-    assert torch.equal(other.unembed.weight, state["unembed.weight"]) and other.embed.weight is other.unembed.weight
-    twice = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    twice[1].weight = twice[0].weight
-    both = Decomposition.from_matrices(twice, {"0": torch.randn(2, 4, 4), "1": torch.randn(2, 4, 4)})
-    with pytest.raises(ValueError, match=r"the factors of 1.weight and 0.weight, which are one tensor, must give the"):
-        both.state_dict({0: 0.0})
-
-
-@pytest.mark.parametrize(
-    "edit, error, message",
-    [
-        ({"scale": {4: 0.0}}, ValueError, "scale must be in [0, 4), got [4]"),
-        ({"scale": {1: math.nan}}, ValueError, "scale[1] must be finite, got nan"),
-        ({"scale": {1: "2"}}, TypeError, "scale[1] must be a number, got str"),
-        ({"scale": [1, 2]}, TypeError, "scale must map components to factors, got list"),
-        ({"scale": {"1": {0: 0.0}}}, ValueError, "scale must name layers among 0, 2, got ['1']"),
-        ({"scale": {"0": {9: 0.0}}}, ValueError, "scale['0'] must be in [0, 4), got [9]"),
-        ({"only": []}, ValueError, "only must name at least one component, got none; to edit nothing leave it out"),
-        ({"only": [1, 1]}, ValueError, "only must name each component once"),
-        ({"only": [-1]}, ValueError, "only must be in [0, 4), got [-1]"),
-        ({"only": [1], "scale": {2: 0.5}}, ValueError, "scale must name components that only keeps, got 2"),
-    ],
-)
-def test_decomposition_state_dict_refuses(edit, error, message):
-    with pytest.raises(error) as caught:
-        _of(_mlp(), ["0", "2"]).state_dict(**edit)
-    assert str(caught.value).startswith(f"Decomposition: {message}")
-
-
-# ---- directions
-
-
-@pytest.mark.parametrize("C, rank", [(4, 2), (3, 7)])
-def test_decomposition_directions_are_those_of_an_svd(C, rank):
-    found = Decomposition.from_factors(_mlp(), {"0": (torch.randn(C, 5, rank), torch.randn(C, rank, 6))})
-    values, read, write = found.directions("0")
-    P = found.parts("0")
-    r = min(rank, 5)
-    assert values.shape == (1, C, r) and read.shape == (1, C, 5, r) and write.shape == (1, C, 6, r)
-    torch.testing.assert_close(read * values[..., None, :] @ write.mT, P)
-    torch.testing.assert_close(values, torch.linalg.svdvals(P)[..., :r])
-    torch.testing.assert_close(read.mT @ read, torch.eye(r).double().expand(1, C, r, r))
-    torch.testing.assert_close(write.mT @ write, torch.eye(r).double().expand(1, C, r, r))
-    assert (read.gather(-2, read.abs().argmax(-2, keepdim=True)) > 0).all()
-    spectrum = found.spectra()["0"]
-    assert spectrum.shape == (1, C, rank)
-    torch.testing.assert_close(spectrum[..., :r], values)
-    assert spectrum[..., r:].abs().sum() < 1e-14
-    with pytest.raises(ValueError, match=r"^Decomposition: layer must be one of 0, got 'nothing'$"):
-        found.directions("nothing")
-
-
-def test_decomposition_effective_rank_by_hand():
-    P = torch.zeros(4, 5, 6)
-    P[0, 0, 0] = 3.0
-    P[1, :5, :5] = 2 * torch.eye(5)
-    P[2, :2, :2] = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    found = Decomposition.from_matrices(_mlp(), {"0": P}).effective_rank()["0"]
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    torch.testing.assert_close(found[0], torch.tensor([1.0, 5.0, math.exp(entropy), 0.0]).double())
-
-
-def test_decomposition_match_finds_a_permutation():
-    target, P = _tms(), torch.randn(2, 3, 5, 2).double()
-    order = torch.tensor([2, 0, 1])
-    ties = {"linear2": "linear1"}
-    one = Decomposition.from_matrices(target, {"linear1": P}, ties=ties)
-    two = Decomposition.from_matrices(target, {"linear1": torch.cat([3 * P[:, order], P[:, :1] * 0], 1)}, ties=ties)
-    similarity = one.similarity(two)
-    flat = nn.functional.normalize(P.flatten(2), dim=-1)
-    torch.testing.assert_close(similarity[..., :3], (flat @ flat.mT)[..., order])
-    assert similarity[..., 3].abs().max() == 0
-    found = one.match(two)
-    assert found.assignment.tolist() == [[1, 2, 0]] * 2
-    torch.testing.assert_close(found.similarity, torch.ones(2, 3).double())
-    back = two.match(one).assignment
-    assert back.tolist() == [[2, 0, 1, -1]] * 2
-    with pytest.raises(ValueError, match=r"^Decomposition: other must have the layers"):
-        one.match(_of(_mlp(), ["0"]))
-
-
 # ---- numbers beside their baselines
 
 
@@ -611,6 +455,19 @@ def test_decomposition_attributions_are_the_methods():
 
 
 # ---- what it says of itself
+
+
+def test_decomposition_docstrings_name_every_argument():
+    public = {n: getattr(Decomposition, n) for n in dir(Decomposition) if not n.startswith("_")} | {
+        "__call__": Decomposition.__call__
+    }
+    methods = {name: value for name, value in public.items() if callable(value)}
+    assert len(methods) >= 20
+    for name, method in methods.items():
+        doc = inspect.getdoc(method)
+        assert doc, name
+        for argument in inspect.signature(method).parameters:
+            assert argument == "self" or re.search(rf"\b{argument}\b", doc), f"{name}: {argument}"
 
 
 def test_decomposition_repr_says_what_it_is():

@@ -101,14 +101,18 @@ def test_ablate_resample_takes_another_sample():
 
 
 def test_ablate_resample_takes_the_same_sample_in_every_layer():
-    """With everything resampled from the target's own inputs, a sample gets the other sample's last layer."""
-    found = _mlp()
-    x = torch.randn(7, 5).double()
-    hidden = nn.functional.gelu(found.model.target[0](x))
-    outputs = hidden @ found.parts("2")[0].sum(0) + found.model.target[2].bias
-    for how in ([], {"0": [], "2": []}):
-        got = found.ablate(x, how, how="resample")
-        assert (got[:, None] - outputs[None]).norm(dim=-1).min(1).values.max() < 1e-13
+    """Each layer writes what it wrote on the other sample, of the target itself; the stream beside them is its own."""
+    found = _residual()
+    t, x = found.model.target, torch.randn(7, 5).double()
+    first, second = found.parts("a")[0].sum(0), found.parts("b")[0].sum(0)
+    h = x + t.a(x).relu()
+    wrote = (x @ first + t.a.bias).relu() + (h @ second + t.b.bias).relu()  # of the sample that stands in
+    candidates = x[:, None] + wrote[None]  # [b, b', 5]
+    candidates = candidates.tanh() + t.c(candidates).sum(-1, keepdim=True)
+    for keep in ([], {"a": [], "b": []}):
+        distance = (found.ablate(x, keep, how="resample")[:, None] - candidates).norm(dim=-1)
+        chosen = distance.argmin(1)
+        assert distance.gather(1, chosen[:, None]).max() < 1e-13 and (chosen != torch.arange(7)).all()
 
 
 def test_ablate_half_and_partial_draw_weights_of_the_inactive_ones():
@@ -255,10 +259,33 @@ def test_ablation_losses_are_those_of_ablate(make):
     for how in HOW:
         assert list(losses[how]) == ["scrubbed", "anti-scrubbed"]
         assert held(losses[how]["scrubbed"]) == pytest.approx(value(found.ablate(x, mask, how=how, steps=3)))
-        assert held(losses[how]["anti-scrubbed"]) == pytest.approx(value(found.ablate(x, drop=mask, how=how, steps=3)))
+        if how not in ("half", "partial"):
+            anti = found.ablate(x, drop=mask, how=how, steps=3)
+            assert held(losses[how]["anti-scrubbed"]) == pytest.approx(value(anti))
     alone = found.ablation_losses(x, [1], how=["half"], residual=True)
     assert list(alone) == ["unmasked", "half"] and max(held(alone["unmasked"])) < 1e-24
     assert held(alone["half"]["scrubbed"]) == pytest.approx(value(found.ablate(x, [1], how="half", residual=True)))
+
+
+@pytest.mark.parametrize("how", ["half", "partial"])
+def test_ablation_losses_anti_scrub_as_the_paper_does(how):
+    """The active ones are off and the others have the weights of the draw; the output is the weights."""
+    target = nn.Sequential(nn.Linear(C, C, bias=False)).double().requires_grad_(False)
+    nn.init.eye_(target[0].weight)
+    found = Decomposition.from_matrices(target, {"0": torch.diag_embed(torch.eye(C))})
+    x, seen = torch.ones(2000, C).double(), []
+
+    def distance(output: Tensor, of_target: Tensor) -> Tensor:
+        seen.append(output[0])
+        return (output - of_target).square().mean((-2, -1))
+
+    losses = found.ablation_losses(x, [1], how=[how], distance=distance)
+    _, scrubbed, anti = seen
+    assert (scrubbed[:, 1] == 1).all() and (anti[:, 1] == 0).all()
+    rest = [0, 2, 3]
+    assert torch.equal(scrubbed[:, rest], anti[:, rest])
+    assert anti[:, rest].mean().item() == pytest.approx(0.5, abs=0.02)
+    assert losses[how]["anti-scrubbed"] == pytest.approx(losses[how]["scrubbed"] + 1 / C)
 
 
 def test_ablation_losses_tell_components_that_matter():
