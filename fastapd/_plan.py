@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fastapd import backends
+from fastapd import attributions, backends
 from fastapd._random import stream
 from fastapd.components import Components
-from fastapd.config import RunConfig
+from fastapd.config import APD, RunConfig
 from fastapd.experiments import targets
-from fastapd.model import ComponentModel, find_sites
+from fastapd.model import ComponentModel, Inputs, Record, find_sites
 from fastapd.planning import ONES, Form, SiteChoice
 from fastapd.report import format_table
 
@@ -25,17 +25,24 @@ def lines(config: RunConfig) -> list[str]:
     model = ComponentModel(target, sites, components.to(getattr(torch, config.dtype)))
     # What a value is does not matter, as long as nothing is empty: widths decide.
     x = torch.rand(config.n_instances, config.batch, config.target.n_features, dtype=getattr(torch, config.dtype))
-    return describe(model, x)
+    return describe(model, x, config.method)
 
 
-def describe(model: ComponentModel, x: torch.Tensor) -> list[str]:
-    """The plan for a batch like x, line by line."""
+def describe(model: ComponentModel, x: Inputs, method: APD | None = None) -> list[str]:
+    """The plan for a batch like x, line by line.
+
+    Args:
+        model: A target with its components.
+        x: A batch; values do not matter, sizes do.
+        method: Whether gradients may be estimated; None for exact ones.
+    """
     plan, components = model.plan(x), model.components
     layers = ", ".join(f"{s.name} {list(s.weight.shape[1:])}" for s in model.sites)
-    batch = model.sites[0].to_instances(x).shape[1]
+    record = model.record_target(x, differentiable=plan.form == "reverse")
+    samples = next(iter(record.inputs.values())).shape[1]
     out = [
         f"target         {type(model.target).__name__}: {layers}",
-        f"sizes          {components.n_instances} instances, batch {batch}, C {components.n_components}, "
+        f"sizes          {components.n_instances} instances, batch {samples}, C {components.n_components}, "
         f"rank {components.rank}",
         f"attributions   {plan.form} form. {plan.reason[0].upper()}{plan.reason[1:]}.",
     ]
@@ -44,6 +51,8 @@ def describe(model: ComponentModel, x: torch.Tensor) -> list[str]:
     out.append(
         f"op             {op}{f', forced to {chr(44).join(forced)}' if forced else ''} (`fastapd info` explains)"
     )
+    if plan.form == "reverse":
+        out.append(f"gradients      {_route(record, method, components.n_components)}")
     if plan.costs:
         rows = [
             (form, f"{cost.flops / 1e9:.3g}", f"{cost.n_bytes / 1e6:.3g}", "chosen" if form == plan.form else "")
@@ -51,7 +60,7 @@ def describe(model: ComponentModel, x: torch.Tensor) -> list[str]:
         ]
         out += ["", format_table(("form", "GFLOP a batch", "MB held", ""), rows)]
     if plan.sites:
-        found = model.record_target(x).found
+        found = record.found
         assert found is not None
         form = model.form(found)
         widths = [value.shape[-1] for value in found.values]
@@ -59,6 +68,17 @@ def describe(model: ComponentModel, x: torch.Tensor) -> list[str]:
         out += ["", format_table(("site", "tangents start from", "by", "and reach"), rows)]
         out += ["", f"between        {_links(model, form)}"]
     return out
+
+
+def _route(record: Record, method: APD | None, n_components: int) -> str:
+    way = attributions.route(record, None if method is None else method.attribution_probes, n_components)
+    which = "before the last, wide matrix, of the same length" if way.narrowed else "of the target"
+    outputs = f"{way.n_outputs} outputs a sample reaches, {which}"
+    if way.estimate:
+        how = f"an unbiased estimate from {way.n_directions} random directions over {outputs}"
+    else:
+        how = f"exact, {way.n_directions} vector-Jacobian products, one for each of {outputs}"
+    return f"{how}; {way.chunk} at once, {way.n_bytes / 1e6:.3g} MB held"
 
 
 def _start(model: ComponentModel, site: SiteChoice, widths: list[int]) -> str:

@@ -30,7 +30,18 @@ from fastapd.planning import Form, Plan, Sizes, Values, choose, gated_linear_for
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["ComponentModel", "Linear", "Record", "Site", "TransposedLinear", "Use", "factors", "find_sites", "version"]
+__all__ = [
+    "ComponentModel",
+    "Linear",
+    "Record",
+    "Site",
+    "TransposedLinear",
+    "Use",
+    "factors",
+    "find_sites",
+    "leading",
+    "version",
+]
 
 
 def version(t: Tensor) -> int:
@@ -115,7 +126,7 @@ class _Pass:
 
     def __init__(self, model: ComponentModel, compute: Callable[[str, Use | None, Tensor], Tensor]) -> None:
         self._model, self._compute, self._mixed = model, compute, model.mixed
-        self.scale: list[float] = []  # by which gradients in half precision are larger than they are
+        self.scale: list[Tensor] = []  # by which gradients in half precision are larger than they are
         self.begin()
 
     def begin(self) -> None:
@@ -127,7 +138,8 @@ class _Pass:
         if role is not PLAIN or site.name in self.inputs:
             return self._unusual(site, x, role)
         self._check(site, x, False)
-        return site.from_instances(self._product(site.name, None, site.to_instances(x)), x)
+        y = site.from_instances(self._product(site.name, None, site.to_instances(x)), x)
+        return y if self._mixed is None else y.to(self._mixed[1])
 
     def _product(self, key: str, use: Use | None, rows: Tensor) -> Tensor:
         """Computes and records; in the components' dtype, whatever the target's is."""
@@ -137,9 +149,9 @@ class _Pass:
             return y
         rows = rows.to(self._mixed[0])
         self.inputs[key] = rows
-        y = self._compute(key, use, _ScaledGradient.apply(rows, self.scale, False) if self.scale else rows)
+        y = self._compute(key, use, _ScaledGradient.apply(rows, self.scale, "up") if self.scale else rows)
         self.outputs[key] = y
-        return _ScaledGradient.apply(y, self.scale, True) if self.scale else y
+        return _ScaledGradient.apply(y, self.scale, "down") if self.scale else y
 
     def _check(self, site: Site, x: Tensor, transposed: bool) -> None:
         layer = self._model.components.layers[site.name]
@@ -162,9 +174,8 @@ class _Pass:
             self._check(site, x, role.transposed)
             self.uses[key] = Use(site.name, role.transposed)
             y = self._product(key, self.uses[key], site.to_instances(x))
-            if site.is_parameter:
-                return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
-            return site.from_instances(y, x)
+            y = y.reshape(*x.shape[:-1], y.shape[-1]) if site.is_parameter else site.from_instances(y, x)
+            return y if self._mixed is None else y.to(self._mixed[1])
         if x.is_floating_point() or x.dtype == torch.bool:
             raise TypeError(f"decompose: data must give {site.name} whole numbers, got {x.dtype}")
         at = x.reshape(-1)
@@ -183,17 +194,26 @@ class _Pass:
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied or divided by a number that is known only then."""
+    """The identity, whose gradient is brought to where float16 has room, or back from there.
+
+    Args:
+        x: Any values in float32.
+        scale: One number, by which gradients are larger than they are while they pass through the target.
+        what: "begin" chooses the scale, so that the largest gradient is 1; "up" multiplies by it; "down" divides.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: list[float], divide: bool) -> Tensor:
-        ctx.scale, ctx.divide = scale, divide
+    def forward(ctx: Any, x: Tensor, scale: list[Tensor], what: str) -> Tensor:
+        ctx.scale, ctx.what = scale, what
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (scale,) = ctx.scale[-1:]
-        return grads[0] * (1 / scale if ctx.divide else scale), None, None
+        (g,) = grads
+        if ctx.what == "begin":
+            largest = g.abs().amax() if g.numel() else g.new_zeros(())
+            ctx.scale[0] = torch.where(largest > 0, 1 / largest.clamp(1e-30, 1e30), 1.0)
+        return g / ctx.scale[0] if ctx.what == "down" else g * ctx.scale[0], None, None
 
 
 class ComponentModel:
@@ -320,17 +340,20 @@ class ComponentModel:
                 ranked = A.shape[1] - always_on
                 y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
                 return y + rows @ component_sum(A[:, ranked:], B[:, ranked:]) if always_on else y
-            return component_forward(rows, A, B, active.expand(-1, rows.shape[1], -1))
+            mask = active.to(rows.dtype) if mixed is not None and active.is_floating_point() else active
+            return component_forward(rows, A, B, mask.expand(-1, rows.shape[1], -1))
 
+        mixed = self.mixed
         through = _Pass(self, compute)
-        if (mixed := self.mixed) is not None and mixed[1] == torch.float16:
-            through.scale.append(1.0)  # else small gradients would vanish on their way through the target
+        if mixed is not None and mixed[1] == torch.float16:
+            through.scale.append(
+                self._some.new_ones(())
+            )  # else small gradients would vanish on their way through the target
         output = self._run(x, through, known)[0]
         if mixed is not None:
             output = output.to(mixed[0])
             if through.scale:
-                through.scale.append(float(max(output.numel() // output.shape[-1], 1)))
-                output = _ScaledGradient.apply(output, through.scale, False)
+                output = _ScaledGradient.apply(output, through.scale, "begin")
         return Record(output, through.inputs, through.outputs, uses=through.uses)
 
     def record_target(self, x: Inputs, differentiable: bool = False, of_components: bool = False) -> Record:
@@ -358,11 +381,11 @@ class ComponentModel:
         with torch.set_grad_enabled(differentiable), self._watched(seen) if differentiable else _nothing():
             output, values = self._run(x, through)
             measured = [self._narrowed(module, h) for module, h, y in seen if values is None and y is output]
+            output = output if mixed is None else output.to(mixed[0])
         inputs = {key: rows.detach() for key, rows in through.inputs.items()}
         if values is not None:
             return Record(output, inputs, through.outputs, Values(values, weights), through.uses)
         axes = self._axes(x, output)
-        output = output if mixed is None else output.to(mixed[0])
         return Record(output, inputs, through.outputs, None, through.uses, axes, measured[0] if measured else None)
 
     def _axes(self, x: Inputs, output: Tensor) -> int:

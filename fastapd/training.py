@@ -26,7 +26,7 @@ from fastapd._schedule import scheduled
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.evaluation import Activations, Distance, Step, evaluate
-from fastapd.model import ComponentModel, Inputs, Site, find_sites
+from fastapd.model import ComponentModel, Inputs, Site, find_sites, leading
 
 if TYPE_CHECKING:
     from fastapd._rundir import RunDirectory
@@ -160,7 +160,10 @@ def _inputs(batch: Any) -> Inputs:
             f"decompose: data must yield tensors, tuples of which the first is one, or dicts of the model's arguments, "
             f"got {type(batch).__name__}"
         )
-    return batch if isinstance(batch, Tensor) else dict(batch)
+    if isinstance(batch, Tensor):
+        return batch
+    leading(batch)  # one of them must be a tensor
+    return dict(batch)
 
 
 def _sent(x: Inputs, like: Tensor) -> Inputs:
@@ -305,6 +308,12 @@ def decompose(
     _at_least_one(C=C, rank=rank, log_every=log_every)
     if method.topk is not None and method.topk > C - method.distil_from_target:
         raise ValueError(f"decompose: method.topk must be at most {C - method.distil_from_target}, got {method.topk}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"decompose: model must not mix the samples of a batch, got {name}, a {type(module).__name__} without "
+                "running statistics"
+            )
     target, sites = _on_device(model, device, targets, init)
     first = sites[0].weight
     if init is None:
