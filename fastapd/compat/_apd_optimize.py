@@ -71,13 +71,14 @@ def batches(dataloader: Iterable[Any], write: Callable[[str], None]) -> Iterator
     """The inputs of a loader without end, asked for one at a time; labels are left aside."""
     epoch, source = 0, iter(dataloader)
     while True:
-        try:
-            item = next(source)
-        except StopIteration:
+        item = next(source, None)
+        if item is None:
             write(f"Epoch {epoch} finished, starting new epoch")
             epoch, source = epoch + 1, iter(dataloader)
-            item = next(source)
-        yield item[0]
+            item = next(source, None)
+            if item is None:
+                raise ValueError("optimize: dataloader must yield batches, got none")
+        yield item[0] if isinstance(item, (tuple, list)) else item
 
 
 def train(

@@ -86,10 +86,6 @@ def _find() -> None:
     raise ImportError(f"patch: spd must be the package of ApolloResearch/apd, got {other} at {folder}")
 
 
-def _same_signature(old: Any, new: Any) -> bool:
-    return list(inspect.signature(old).parameters) == list(inspect.signature(new).parameters)
-
-
 def _load() -> dict[str, ModuleType]:
     _find()
     return {name: importlib.import_module(name) for name in _MODULES}
@@ -126,10 +122,10 @@ def replaced_elsewhere() -> list[str]:
 
 
 class Patch:
-    """What `patch` returns: as a context manager it takes the functions back, unless they were replaced before."""
+    """What `patch` returns: as a context manager it leaves things as they were before that call."""
 
-    def __init__(self, fresh: bool) -> None:
-        self._fresh = fresh
+    def __init__(self, before: bool | None) -> None:
+        self._before = before
 
     def __enter__(self) -> Patch:
         return self
@@ -137,8 +133,28 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fresh:
+        if self._before is None:
             unpatch()
+        else:
+            patch(self._before)
+
+
+def _function(modules: dict[str, ModuleType], module: str, name: str, new: Any) -> Any:
+    """The research code's own function, if it is the one that is meant."""
+    old = getattr(modules[module], name, None)
+    if old is None or list(inspect.signature(old).parameters) != list(inspect.signature(new).parameters):
+        raise ImportError(
+            f"patch: {module}.{name} must be that of ApolloResearch/apd at commit 4e29d43, "
+            f"{name}{inspect.signature(new)}, got {'nothing' if old is None else inspect.signature(old)}"
+        )
+    return old
+
+
+def _class(modules: dict[str, ModuleType], module: str, owner: str, name: str) -> type:
+    cls = getattr(modules[module], owner, None)
+    if not isinstance(cls, type) or name not in vars(cls):
+        raise ImportError(f"patch: {module}.{owner} must have {name}, as ApolloResearch/apd does, got none")
+    return cls
 
 
 def patch(as_reference: bool = False) -> Patch:
@@ -153,42 +169,39 @@ def patch(as_reference: bool = False) -> Patch:
             column of A is zero. `optimize` is then its own loop, over the functions here.
 
     Returns:
-        A context manager: `with patch(): ...` takes everything back at the end.
+        A context manager: `with patch(): ...` leaves everything as it was before.
 
     Raises:
         ImportError: If `spd` is not installed, or is another package of that name.
     """
     global _active
-    if _active is not None and _active.as_reference == as_reference:
-        return Patch(fresh=False)
-    fresh = _active is None
-    unpatch()
+    before = None if _active is None else _active.as_reference
+    if before == as_reference:
+        return Patch(before)
     from fastapd.compat._apd_optimize import optimize
 
+    unpatch()
     modules = _load()
-    functions = []
+    left = _LEFT_AS_REFERENCE if as_reference else ()
+    functions, methods = [], []
     for module, names in _FUNCTIONS.items():
         for name in names:
             new = optimize if name == "optimize" else getattr(ours, name)
-            old = getattr(modules[module], name, None)
-            if old is None or not _same_signature(old, new):
-                raise ImportError(
-                    f"patch: {module}.{name} must be that of ApolloResearch/apd at commit 4e29d43, "
-                    f"{name}{inspect.signature(new)}, got {'nothing' if old is None else inspect.signature(old)}"
-                )
-            if not (as_reference and name in _LEFT_AS_REFERENCE):
+            old = _function(modules, module, name, new)
+            if name not in left:
                 functions.append((old, new))
-    methods = []
-    for (module, owner, name), new in _METHODS.items():
-        if as_reference and name in _LEFT_AS_REFERENCE:
-            continue
-        cls = getattr(modules[module], owner)
-        methods.append((cls, name, vars(cls)[name]))
-        setattr(cls, name, new)
-    _rebind(functions)
+    for module, owner, name in _METHODS:
+        cls = _class(modules, module, owner, name)
+        if name not in left:
+            methods.append((cls, name, vars(cls)[name]))
+    # nothing is refused from here on
     _active = _Active(as_reference, functions, methods)
     ours.settings.as_reference = as_reference
-    return Patch(fresh)
+    _rebind(functions)
+    for (module, owner, name), new in _METHODS.items():
+        if name not in left:
+            setattr(getattr(modules[module], owner), name, new)
+    return Patch(before)
 
 
 def unpatch() -> None:

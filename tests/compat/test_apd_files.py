@@ -13,10 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastapd import Decomposition, decompose
+from fastapd import APD, Decomposition, decompose
 from fastapd.compat import apd
 from fastapd.compat._apd_models import TMS, ResidualMLP
 from fastapd.config import ConfigError
+from fastapd.model import ComponentModel, find_sites
 
 TASK: dict[str, Any] = {"task_name": "tms", "feature_probability": 0.3, "pretrained_model_path": "tms.pth",
                         "train_bias": False, "bias_val": 0.0}  # fmt: skip
@@ -333,11 +334,26 @@ def test_optimize_takes_other_data_a_loaded_target_and_plots(tmp_path, generatio
     target = apd.load_target(path)
     apd.optimize(config, target_model=target, plot_results_fn=plot, progress=False)
     given = apd.optimize(
-        config=config, target_model=target, dataloader=[(torch.rand(8, 2, 5),)], plot_results_fn=plot, progress=False
+        config=config, target_model=target, dataloader=[torch.rand(8, 2, 5)], plot_results_fn=plot, progress=False
     )
     assert isinstance(given, Decomposition)
     assert calls == [(0, (40, 2, 6), (40, 2, 5)), (2, (40, 2, 6), (40, 2, 5)), (0, (8, 2, 6), (8, 2, 5)),
                      (2, (8, 2, 6), (8, 2, 5))]  # fmt: skip
+
+
+def test_optimize_refuses_data_that_is_empty(tmp_path):
+    target = apd.load_target(_write(tmp_path, "tms", _tms_state()))
+    with pytest.raises(ValueError, match="dataloader must yield batches, got none"):
+        apd.optimize(_config(), target_model=target, dataloader=[], progress=False)
+
+
+def test_loaded_components_run_on_a_loaded_target(tmp_path):
+    target = apd.load_target(_write(tmp_path, "tms", _tms_state()))
+    torch.save({"linear1.A": torch.randn(2, 6, 5, 3), "linear1.B": torch.randn(2, 6, 3, 2)}, tmp_path / "c.pth")
+    components = apd.load_components(tmp_path / "c.pth")
+    model = ComponentModel(target, find_sites(target, target.decomposed), components)
+    scores = Decomposition(model, APD(topk=0.5)).score(torch.rand(2, 40, 5))
+    assert scores["l0"].tolist() == [0.5, 0.5]
 
 
 def test_a_loaded_target_decomposes_with_fastapd_itself(tmp_path):
@@ -440,6 +456,6 @@ def test_config_has_the_research_codes_keys_and_defaults(spd):
         dumped = spd.Config(**copy.deepcopy(values)).model_dump(mode="json")
         assert apd.Config(**dumped).model_dump(mode="json") == dumped
     folder = Path(spd.modules["run_spd"].__file__).parent / "experiments"
-    files = [path for path in folder.rglob("*_config.yaml") if "sweep" not in path.name]
+    files = [path for path in folder.glob("*/*_config.yaml") if "sweep" not in path.name]
     for path in files:
         assert apd.Config.from_yaml(path).C == spd.Config(**yaml.safe_load(path.read_text())).C

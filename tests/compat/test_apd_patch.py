@@ -95,9 +95,15 @@ def test_patch_as_a_context_manager_undoes_what_it_did(spd):
         raise KeyError
     assert _same(_bindings(spd), before)
     apd.patch()
+    patched = _bindings(spd)
     with apd.patch():
         pass
-    assert not _same(_bindings(spd), before)
+    assert _same(_bindings(spd), patched)
+    with apd.patch(as_reference=True):
+        assert functions.settings.as_reference
+    assert not functions.settings.as_reference
+    assert _same(_bindings(spd), patched)
+    assert not _same(patched, before)
 
 
 def test_patch_replaces_what_the_guide_names(spd):
@@ -147,10 +153,14 @@ def test_patch_refuses_another_package_without_running_it(tmp_path, files, said)
 
 def test_patch_refuses_another_commit(tmp_path):
     files = {
-        "__init__.py": "", "module_utils.py": "", "models/__init__.py": "", "run_spd.py": "",
+        "__init__.py": "",
+        "module_utils.py": "",
+        "models/__init__.py": "",
+        "run_spd.py": "",
         "utils.py": "def calculate_attributions(): ...\ndef calc_grad_attributions(model): ...\n",
-        "models/base.py": "class SPDModel: ...\n", "models/components.py": "class LinearComponent: ...\n",
-    }  # fmt: skip
+        "models/base.py": "class SPDModel: ...\n",
+        "models/components.py": "class LinearComponent: ...\n",
+    }
     done = _run("import fastapd.compat.apd as apd; apd.patch()", _package(tmp_path, files))
     last = done.stderr.strip().splitlines()[-1]
     assert "patch: spd.utils.calc_grad_attributions must be that of ApolloResearch/apd at commit 4e29d43" in last
