@@ -618,6 +618,36 @@ def test_functional_compiles_to_one_graph(name, n_instances):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_what_works_in_place_compiles_to_one_graph():
+    A, grad = torch.randn(C, 7, RANK), torch.randn(C, 7, RANK)
+    wanted_A = F.unit_norm_(A.clone())
+    wanted = F.tangent_gradient_(grad.clone(), wanted_A)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda g, A: F.tangent_gradient_(g, F.unit_norm_(A)), fullgraph=True, backend=counter)
+    assert torch.equal(step(grad, A), wanted)
+    assert torch.equal(A, wanted_A) and torch.equal(grad, wanted)
+    assert counter.frame_count == 1
+
+
+def test_functional_compiles_for_batches_of_any_size():
+    A, B = torch.randn(C, 7, RANK), torch.randn(C, RANK, 8)
+
+    def run(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        mask = F.batch_topk_mask(scores, 1.3)
+        return F.masked_linear(x, A, B, mask), F.schatten_loss(A, B, mask, 0.9, 56)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for batch in (16, 9, 33):
+        x, scores = torch.randn(batch, 7), torch.randn(batch, C)
+        torch.testing.assert_close(compiled(x, scores), run(x, scores))
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1  # torch may look twice at the product of k and the batch, but at the first call alone
+
+
 @calls
 @axis
 def test_functional_takes_any_strides(name, n_instances):
@@ -668,7 +698,17 @@ def test_functional_takes_other_precisions(name, n_instances, dtype):
     assert error <= 8 * torch.finfo(dtype).eps, f"{error:.1e}"
 
 
-@pytest.mark.parametrize("name", CALLS)
+@calls
+@axis
+def test_functional_is_untouched_by_autocast(name, n_instances):
+    function, tensors = _calls(Problem(n_instances, torch.float32))[name]
+    wanted = function(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(*tensors)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@calls
 @axis
 def test_functional_of_an_empty_batch(name, n_instances):
     p = Problem(n_instances, batch=0)

@@ -2,7 +2,8 @@
 
 Axes are the research code's: activations, scores and masks [batch, n_instances, ...], factors [n_instances, C, d_in, m]
 and [n_instances, C, m, d_out], losses [n_instances]; without instances that axis is absent everywhere. The work is done
-by `fastapd.ops`, which has the instance axis first and gets permuted views.
+by `fastapd.ops`, which has the instance axis first and gets permuted views. All arguments of a call are of one floating
+dtype, which is that of the result; autocast changes nothing.
 
 Where a function says *layers*, it takes one tensor, a list with one tensor for each layer, or a mapping by name; all of
 its arguments of that kind have the same layers.

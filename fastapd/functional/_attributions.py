@@ -12,6 +12,7 @@ from fastapd.attributions import rows_of_jacobian, squared_lengths
 from fastapd.functional import _arguments
 from fastapd.functional._arguments import Layers
 from fastapd.ops import _check, attribution_reduce
+from fastapd.ops._op import outside_autocast, with_instances
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,7 +37,8 @@ def output_gradients(output: Float[Tensor, "b *I o"], layer_outputs: Layers, ret
         ValueError: If a shape does not match, or output does not depend on a layer.
         TypeError: If a dtype is not floating.
 
-    Cost: one batched backward pass of n_outputs directions.
+    Cost: one batched backward pass of n_outputs directions. `torch.compile` does not trace `torch.autograd.grad` unless
+        it is told to: call this outside of what is compiled.
     Source: `calc_grad_attributions` of ApolloResearch/apd, which runs one backward pass for each output.
     """
     op = "output_gradients"
@@ -157,9 +159,9 @@ def activation_attributions(xs: Layers, A: Layers, B: Layers) -> Float[Tensor, "
         _check.same(op, "d_in", f"xs{label}", x, -1, f"A{label}", a, -2)
         _check.same(op, "batch", f"xs{labels[0]}", inputs[0], 0, f"xs{label}", x, 0)
         if instances:
-            each = squared_lengths(x.transpose(0, 1), a, b).transpose(0, 1)
+            each = outside_autocast(squared_lengths, x.transpose(0, 1), a, b).transpose(0, 1)
         else:
-            each = squared_lengths(x.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
+            each = outside_autocast(squared_lengths, *with_instances(x, a, b)).squeeze(0)
         total = each if total is None else total + each
     assert total is not None, "there is at least one layer"
     return total

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastapd.functional import _arguments
 from fastapd.ops import Selection, _check, component_forward, component_forward_selected, component_sum
+from fastapd.ops._op import outside_autocast
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -38,7 +39,7 @@ def component_weights(
     Source: `LinearComponent.component_weights` of ApolloResearch/apd.
     """
     _check.factors("component_weights", A, B)
-    return A @ B
+    return outside_autocast(torch.matmul, A, B)
 
 
 def masked_linear(
@@ -96,7 +97,7 @@ def masked_linear(
             )
     rows = _arguments.instances_first(x.reshape(n_samples, *own, x.shape[-1]), instances)
     if mask is None:
-        y = rows @ component_sum(A, B)
+        y = outside_autocast(torch.matmul, rows, component_sum(A, B))
     elif isinstance(mask, Selection):
         _check_selection(op, mask, tuple(own), n_samples, n_components)
         y = component_forward_selected(rows, A, B, mask)
