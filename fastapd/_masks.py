@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastapd.model import ComponentModel, Site
+from fastapd.model import Call, ComponentModel
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
 
 
@@ -109,25 +109,24 @@ def parse(model: ComponentModel, given: Any, residual: bool | None, always_on: i
     return found
 
 
-def dense(active: Selection | Tensor, x: Tensor, rows: Tensor, n_components: int, layer: str, argument: str) -> Tensor:
+def dense(active: Selection | Tensor, call: Call, n_components: int, argument: str) -> Tensor:
     """The weights of a layer's components [I, b, C], or [I, 1, C] where they are the same for all samples.
 
     Args:
         active: The layer's selection or weights.
-        x: The layer's input as the target hands it over, with one axis of samples or more.
-        rows: The same input as [I, b, d_in].
+        call: The layer's input.
         n_components: C; components that a selection leaves out run on every sample.
-        layer: The layer's name.
         argument: What the caller calls the weights.
     """
+    rows, shape = call.rows, call.shape
     n_instances, batch = rows.shape[:2]
     if isinstance(active, Selection):
         mask = active.mask if active.offsets.dim() == 2 else active.mask[None]
         active = torch.nn.functional.pad(mask, (0, n_components - mask.shape[-1]), value=True)
-    given = active.to(rows.device, rows.dtype if rows.is_floating_point() else torch.get_default_dtype())
+    given = active.to(rows.device, rows.dtype)
     if given.dim() == 1:
         return given.expand(n_instances, 1, -1)
-    samples = [tuple(axes) for axes in (x.shape[:-1], x.shape) if math.prod(axes) == n_instances * batch]
+    samples = [tuple(shape if call.use.ids is not None else shape[:-1])]
     samples.append((n_instances, batch))
     for axes in samples:
         if given.dim() == len(axes) + 1 and all(n in (1, m) for n, m in zip(given.shape, axes, strict=False)):
@@ -136,31 +135,32 @@ def dense(active: Selection | Tensor, x: Tensor, rows: Tensor, n_components: int
                 return given.reshape(-1, 1, n_components).expand(n_instances, 1, -1)
             return given.expand(*axes, -1).reshape(n_instances, batch, -1)
     wanted = " or ".join(dict.fromkeys(str([*axes, n_components]) for axes in samples))
-    raise ValueError(refuse(argument, f"have shape {[n_components]} or {wanted} in layer {layer}", list(given.shape)))
+    condition = f"have shape {[n_components]} or {wanted} in layer {call.use.site}"
+    raise ValueError(refuse(argument, condition, list(given.shape)))
 
 
-def compute(model: ComponentModel, site: Site, x: Tensor, layer: Layer) -> Tensor:
+def compute(model: ComponentModel, call: Call, layer: Layer) -> Tensor:
     """What a layer writes [I, b, d_out], before its bias, when only some of its components run."""
-    rows, (A, B) = site.to_instances(x), model.components.factors(site.name)
-    active, residual = layer.active, layer.residual
+    rows, (A, B) = call.rows, call.factors(model.components)
+    active, residual, name = layer.active, layer.residual, call.use.site
     if active is None:
-        return rows @ (site.weight if residual else model.components.weight(site.name))
+        return rows @ call.matrix(model.weight(name) if residual else model.components.weight(name))
     if isinstance(active, Selection) and active.offsets.dim() == 2 and active.batch == rows.shape[1]:
         ranked = active.n_components
         y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
         rest = component_sum(A[:, ranked:], B[:, ranked:]) if ranked < A.shape[1] else None
         if residual:
-            missing = site.weight - model.components.weight(site.name)
+            missing = call.matrix(model.weight(name) - model.components.weight(name))
             rest = missing if rest is None else rest + missing
         return y if rest is None else y + rows @ rest
-    mask = dense(active, x, rows, A.shape[1], site.name, layer.argument)
+    mask = dense(active, call, A.shape[1], layer.argument)
     if residual:
         mask = mask - 1
     if mask.shape[1] == 1 != rows.shape[1]:
         y = rows @ weighted_sum(A, B, mask[:, 0])
     else:
         y = component_forward(rows, A, B, mask)
-    return y + rows @ site.weight if residual else y
+    return y + rows @ call.matrix(model.weight(name)) if residual else y
 
 
 def weighted_sum(A: Tensor, B: Tensor, weights: Tensor) -> Tensor:
@@ -175,33 +175,16 @@ def weighted_sum(A: Tensor, B: Tensor, weights: Tensor) -> Tensor:
 
 def run(model: ComponentModel, x: Any, layers: Mapping[str, Layer]) -> Tensor:
     """The target's output when each layer runs as said, differentiable in x, weights and components."""
-
-    def layer(site: Site, x: Tensor) -> Tensor:
-        return site.from_instances(compute(model, site, x, layers[site.name]), x)
-
-    return model._run(x, layer)[0]
-
-
-class Seen(NamedTuple):
-    """What a layer of the target itself was given and wrote."""
-
-    x: Tensor
-    """Its input as the target hands it over."""
-    rows: Tensor
-    """The same as [I, b, d_in]."""
-    y: Tensor
-    """Its output [I, b, d_out], before the bias."""
+    return model.run(x, lambda call: compute(model, call, layers[call.use.site]))
 
 
 @torch.no_grad()
-def observe(model: ComponentModel, x: Any) -> tuple[Tensor, dict[str, Seen]]:
-    """The target's own output, and what every layer saw."""
-    seen: dict[str, Seen] = {}
+def observe(model: ComponentModel, x: Any) -> tuple[Tensor, dict[str, Call]]:
+    """The target's own output, and by its key every product with a decomposed matrix."""
+    seen: dict[str, Call] = {}
 
-    def layer(site: Site, x: Tensor) -> Tensor:
-        rows = site.to_instances(x)
-        seen[site.name] = Seen(x, rows, rows @ site.weight)
-        return site.from_instances(seen[site.name].y, x)
+    def write(call: Call) -> Tensor:
+        seen[call.key] = call
+        return call.rows @ call.matrix(model.weight(call.use.site))
 
-    output = model._run(x, layer)[0]
-    return output, seen
+    return model.run(x, write), seen

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastapd import _masks
-from fastapd._masks import Layer, Seen, refuse
+from fastapd._masks import Layer, refuse
 from fastapd._random import stream
-from fastapd.model import ComponentModel, Site
+from fastapd.model import Call, ComponentModel
 from fastapd.ops import component_forward
 
 if TYPE_CHECKING:
@@ -202,23 +202,19 @@ class Interventions:
         layers = _masks.parse(self.model, components, None, self._always_on, "components")
         output, seen = _masks.observe(self.model, x)
 
-        def without(rows: Tensor, site: Site) -> Tensor:
-            chosen = layers[site.name]
-            y = rows @ site.weight
+        def without(call: Call) -> Tensor:
+            chosen = layers[call.use.site]
+            y = call.rows @ call.matrix(self.model.weight(call.use.site))
             if chosen.active is None:
                 return y
-            A, B = self.model.components.factors(site.name)
-            weights = _masks.dense(chosen.active, seen[site.name].x, rows, A.shape[1], site.name, chosen.argument)
-            if weights.shape[1] != rows.shape[1]:
-                return y - rows @ _masks.weighted_sum(A, B, weights[:, 0])
-            return y - component_forward(rows, A, B, weights)
+            A, B = call.factors(self.model.components)
+            weights = _masks.dense(chosen.active, call, A.shape[1], chosen.argument)
+            if weights.shape[1] != call.rows.shape[1]:
+                return y - call.rows @ _masks.weighted_sum(A, B, weights[:, 0])
+            return y - component_forward(call.rows, A, B, weights)
 
         def along(frozen: bool) -> Tensor:
-            def run(site: Site, x: Tensor) -> Tensor:
-                rows = seen[site.name].rows if frozen else site.to_instances(x)
-                return site.from_instances(without(rows, site), x)
-
-            return self.model._run(x, run)[0]
+            return self.model.run(x, lambda call: without(seen[call.key] if frozen else call))
 
         total, direct = output - along(False), output - along(True)
         return PathEffect(total, direct, total - direct)
@@ -250,7 +246,7 @@ class Interventions:
                 found[name] = layer
                 continue
             C = self.model.components.n_components
-            weights = _masks.dense(layer.active, seen[name].x, seen[name].rows, C, name, layer.argument).detach()
+            weights = _masks.dense(layer.active, seen[name], C, layer.argument).detach()
             if not bool(((weights >= 0) & (weights <= 1)).all()):
                 extremes = f"{float(weights.min()):g} to {float(weights.max()):g}"
                 raise ValueError(refuse(layer.argument, "have weights in [0, 1]", extremes))
@@ -277,7 +273,12 @@ class Interventions:
         output, seen = _masks.observe(self.model, x)
         if how in ("mean", "resample"):
             others = seen if reference is None else _masks.observe(self.model, reference)[1]
-            stand_in = {name: _stand_in(how, seen[name], others[name], reference is None, seed) for name in kept}
+            if missing := [key for key in seen if key not in others]:
+                raise ValueError(refuse("reference", "run the layers as x does", f"one that leaves out {missing}"))
+            stand_in = {
+                key: others[key]._replace(rows=_stand_in(how, call, others[key], reference is None, seed))
+                for key, call in seen.items()
+            }
             return self._with_stand_ins(x, kept, stand_in)
         if how not in HOW:
             raise ValueError(refuse("how", f"be one of {', '.join(HOW)}", repr(how)[:80]))
@@ -313,20 +314,20 @@ class Interventions:
         target = rows(output)
         return at(ascend(lambda r: far(rows(at(r)), target), draws, steps, step_size))
 
-    def _with_stand_ins(self, x: Any, kept: Mapping[str, Layer], stand_in: Mapping[str, Tensor]) -> Tensor:
+    def _with_stand_ins(self, x: Any, kept: Mapping[str, Layer], stand_in: Mapping[str, Call]) -> Tensor:
         """Σ_c g_c x P_c + Σ_c (1 − g_c) z P_c in every layer, z being an input that stands in for x."""
 
-        def run(site: Site, x: Tensor) -> Tensor:
-            layer, rows = kept[site.name], site.to_instances(x)
-            y = _masks.compute(self.model, site, x, layer)
+        def write(call: Call) -> Tensor:
+            layer, other = kept[call.use.site], stand_in[call.key]
+            y = _masks.compute(self.model, call, layer)
             if layer.active is not None:
                 assert isinstance(layer.active, Tensor)
-                gone = 1 - layer.active.expand(-1, rows.shape[1], -1)
-                A, B = self.model.components.factors(site.name)
-                y = y + component_forward(stand_in[site.name].expand_as(rows), A, B, gone)
-            return site.from_instances(y, x)
+                gone = 1 - layer.active.expand(-1, call.rows.shape[1], -1)
+                z = other.rows.expand(-1, call.rows.shape[1], -1)
+                y = y + component_forward(z, *other.factors(self.model.components), gone)
+            return y
 
-        return self.model._run(x, run)[0]
+        return self.model.run(x, write)
 
 
 def plain(values: Tensor) -> float | list[float]:
@@ -335,7 +336,7 @@ def plain(values: Tensor) -> float | list[float]:
     return found[0] if len(found) == 1 else found
 
 
-def _stand_in(how: str, seen: Seen, other: Seen, same: bool, seed: int) -> Tensor:
+def _stand_in(how: str, seen: Call, other: Call, same: bool, seed: int) -> Tensor:
     """The input [I, b or 1, d_in] that stands in for a layer's own."""
     rows = other.rows
     if how == "mean":

@@ -65,6 +65,31 @@ class Use(NamedTuple):
     at: Tensor | None = None
 
 
+class Call(NamedTuple):
+    """One product with a decomposed matrix, in one run of the target.
+
+    Attributes:
+        key: The site's name; `name#2`, `name#3` and so on where the same run comes back to it.
+        use: Which matrix, and how.
+        rows: The input [n_instances, batch, d].
+        shape: Of the input as the target hands it over: of numbers to be looked up, or of vectors.
+    """
+
+    key: str
+    use: Use
+    rows: Tensor
+    shape: torch.Size
+
+    def factors(self, components: Components) -> tuple[Tensor, Tensor]:
+        """The factors [I, C, d, m], [I, C, m, e] that `rows` are multiplied by."""
+        return _of_use(components, self.use)
+
+    def matrix(self, weight: Float[Tensor, "I d_in d_out"]) -> Tensor:
+        """Of a matrix of the site's shape, what `rows` are multiplied by."""
+        weight = weight.mT if self.use.transposed else weight
+        return weight if self.use.ids is None else weight.index_select(1, self.use.ids)
+
+
 Inputs = Tensor | Mapping[str, Any]
 """What a target is called with: one tensor, or its arguments by name."""
 
@@ -133,8 +158,10 @@ class _Pass:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.uses: dict[str, Use] = {}
+        self.shape = torch.Size()  # of the input, as the target hands it over, of the site that is computing
 
     def __call__(self, site: Site, x: Tensor, role: Role = PLAIN) -> Tensor:
+        self.shape = x.shape
         if role is not PLAIN or site.name in self.inputs:
             return self._unusual(site, x, role)
         self._check(site, x, False)
@@ -355,6 +382,26 @@ class ComponentModel:
             if through.scale:
                 output = _ScaledGradient.apply(output, through.scale, "begin")
         return Record(output, through.inputs, through.outputs, uses=through.uses)
+
+    def run(self, x: Inputs, write: Callable[[Call], Tensor]) -> Tensor:
+        """The target's output when each product with a decomposed matrix is what `write` makes of it, differentiable.
+
+        Args:
+            x: The target's input.
+            write: What a layer writes [n_instances, batch, d_out], before its bias.
+        """
+
+        def compute(key: str, use: Use | None, rows: Tensor) -> Tensor:
+            return write(Call(key, Use(key) if use is None else use, rows, through.shape))
+
+        through = _Pass(self, compute)
+        output = self._run(x, through)[0]
+        return output if self.mixed is None else output.to(self.mixed[0])
+
+    def weight(self, name: str) -> Float[Tensor, "I d_in d_out"]:
+        """The target's matrix in a layer, detached, in the components' dtype."""
+        weight = self._by_name[name].weight
+        return weight if self.mixed is None else weight.to(self.mixed[0])
 
     def record_target(self, x: Inputs, differentiable: bool = False, of_components: bool = False) -> Record:
         """Runs the target itself and records its sites.
