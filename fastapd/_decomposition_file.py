@@ -60,7 +60,7 @@ def texts(model: ComponentModel, method: APD, made: str) -> dict[str, str]:
     """What the file says of its tensors."""
     import fastapd
 
-    ties = {name: layer.tied_to for name, layer in model.components.layers.items() if layer.tied_to}
+    ties = model.components.ties
     return {
         "format": FORMAT + VERSION,
         "ties": ",".join(f"{a}={b}" for a, b in ties.items()),
@@ -159,9 +159,9 @@ def check_shapes(held: Held, model: nn.Module) -> None:
         if got != wanted:
             raise ValueError(refuse("model", f"have {wanted} [n_instances, d_in, d_out] in layer {name}", got))
     for name, owner in held.ties.items():
-        if sites[name].tied_to != owner:
+        if sites[name].tied_to != owner.removeprefix("="):
             got = f"{sites[name].tied_to or 'a matrix of its own'}"
-            raise ValueError(refuse("model", f"tie layer {name} to {owner}", got))
+            raise ValueError(refuse("model", f"tie layer {name} to {owner.removeprefix('=')}", got))
 
 
 def _check_format(said: str | None, path: Path) -> None:

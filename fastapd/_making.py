@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,15 +37,22 @@ def tensor(value: Any, what: str) -> Tensor:
     return value
 
 
-def fit(model: nn.Module, factors: Mapping[str, tuple[Any, Any]], ties: Mapping[str, str] | None) -> ComponentModel:
+def fit(
+    model: nn.Module,
+    factors: Mapping[str, tuple[Any, Any]],
+    ties: Mapping[str, str] | None,
+    output: Callable[[Any], Tensor] | None = None,
+) -> ComponentModel:
     """A model with these factors: A [C, d_in, m], B [C, m, d_out], or both with n_instances in front.
 
     Layers may differ in rank; the smaller ones get zero columns, which changes no component.
     """
     if not isinstance(factors, Mapping) or not factors:
         raise ValueError(refuse("factors", "map at least one layer to a pair (A, B)", repr(factors)[:80]))
-    ties = dict(ties or {})
-    sites = {site.name: site for site in sites_of(model, [*factors, *ties])}
+    sites = {site.name: site for site in sites_of(model, [*factors, *(ties or {})])}
+    tied = {name: site.tied_to for name, site in sites.items() if site.tied_to}
+    if twice := [f"{name}, which is tied to {owner}" for name, owner in tied.items() if name in factors]:
+        raise ValueError(refuse("factors", "be given once for layers that share a matrix", ", ".join(twice)))
     ready: dict[str, tuple[Tensor, Tensor]] = {}
     first = ""
     for name, pair in factors.items():
@@ -55,17 +62,24 @@ def fit(model: nn.Module, factors: Mapping[str, tuple[Any, Any]], ties: Mapping[
         if A.shape[1] != ready.get(first, (A,))[0].shape[1]:
             got = f"{A.shape[1]} in {name} and {ready[first][0].shape[1]} in {first}"
             raise ValueError(refuse("factors", "have the same number of components in every layer", got))
-        ready[name] = A.to(W), B.to(W)
-    for name, site in sites.items():
-        if site.tied_to != ties.get(name):
-            got = f"{ties.get(name)!r} for {name}, which is tied to {site.tied_to!r}"
-            raise ValueError(refuse("ties", "name for each tied layer the one whose transpose it is", got))
+        kept = torch.float32 if W.dtype.itemsize < 4 else W.dtype  # as components of a narrower target are trained
+        ready[name] = A.to(W.device, kept), B.to(W.device, kept)
+    for name, owner in (ties or {}).items():
+        if tied.get(name) != owner.removeprefix("="):
+            got = f"{owner!r} for {name}, which is tied to {tied.get(name)!r}"
+            raise ValueError(refuse("ties", "name for each tied layer the one that holds its matrix", got))
     rank = max(A.shape[-1] for A, _ in ready.values())
     pad = torch.nn.functional.pad
     padded = {
         name: (pad(A, (0, rank - A.shape[-1])), pad(B, (0, 0, 0, rank - B.shape[-2]))) for name, (A, B) in ready.items()
     }
-    return ComponentModel(model, list(sites.values()), Components.from_factors(padded, ties))
+    components = Components.from_factors(padded, ties_of(sites.values()))
+    return ComponentModel(model, list(sites.values()), components, output)
+
+
+def ties_of(sites: Iterable[Site]) -> dict[str, str]:
+    """For each tied site the one that holds its matrix, as `Components.from_factors` takes them."""
+    return {site.name: site.tied_to if site.flipped else f"={site.tied_to}" for site in sites if site.tied_to}
 
 
 def _pair(name: str, pair: Any, W: Tensor) -> tuple[Tensor, Tensor]:

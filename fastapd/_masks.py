@@ -7,7 +7,6 @@ what is computed: with every weight 1 it is the target itself, to the bit, howev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 

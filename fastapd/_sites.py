@@ -126,6 +126,14 @@ class Site(NamedTuple):
         return self.adapter.weight(self.module).detach()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the target's matrix; where that is computed from parameters it may be stale, and theirs counts."""
+        held = self.adapter.held(self.module)
+        if not isinstance(held, nn.Parameter):
+            held = next((p for p in self.module.parameters() if p.is_floating_point()), held)
+        return held.dtype
+
+    @property
     def shape(self) -> LayerShape:
         _, d_in, d_out = self.weight.shape
         return LayerShape(d_in, d_out, self.tied_to, self.flipped)

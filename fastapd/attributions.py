@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 28
 """How much the gradients of the outputs that are taken at once may hold. What lies between the sites is not counted."""
+
+
+MANY = 4096
+"""Vector-Jacobian products a step, beyond which it is said that there is another way."""
+
+
+@functools.cache
+def _say_many(n: int) -> None:  # once for each number
+    warnings.warn(
+        f"decompose: exact attributions take {n} vector-Jacobian products a step, one for each output that a sample "
+        "reaches; APD(attribution_probes=16) estimates them from 16, and inputs without positions have fewer",
+        stacklevel=2,
+    )
 
 
 class Route(NamedTuple):
@@ -190,6 +205,13 @@ def _gradient_squares(model: ComponentModel, record: Record, probes: int | None)
     output, axes = _measured(record), _axes(record)
     way = route(record, probes, model.components.n_components)
     model.estimated = way.estimate
+    if not output.requires_grad:
+        raise ValueError(
+            f"decompose: model must let gradients through from {names[0]} to what it returns, got an output without; "
+            "it may run under no_grad, or return what it has detached"
+        )
+    if way.n_directions > MANY and not way.estimate:
+        _say_many(way.n_directions)
     total: Tensor | None = None
     for first in range(0, way.n_directions, way.chunk):
         last = min(first + way.chunk, way.n_directions)

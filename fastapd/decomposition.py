@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         factors: Mapping[str, tuple[Any, Any]],
         method: APD | None = None,
         ties: Mapping[str, str] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> Decomposition:
         """The components `P_c = A_c B_c` that are given, nothing trained.
 
@@ -68,7 +69,8 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
                 transpose of W: a component of its `weight` [d_out, d_in] is (A_c B_c)ᵀ. The rank m may differ between
                 layers. Copied, in the dtype and on the device of the layer's matrix.
             method: How components are attributed and selected; None for `APD(topk=1.0)`.
-            ties: For each tied layer, whose matrix is the transpose of another's, the name of that one.
+            ties: The layers to decompose that share the matrix of another, and the name of that one.
+            output: Takes the tensor to compare from what the model returns, as for `decompose`.
 
         Returns:
             The decomposition; it need not be faithful.
@@ -79,7 +81,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         """
         from fastapd import _making
 
-        return cls(_making.fit(model, factors, ties), method, "given factors")
+        return cls(_making.fit(model, factors, ties, output), method, "given factors")
 
     @classmethod
     def from_matrices(
@@ -89,6 +91,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         rank: int | None = None,
         method: APD | None = None,
         ties: Mapping[str, str] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> Decomposition:
         """The components that are given as matrices, factorised by SVD: `P_c = U S Vᵀ = (U √S)(√S Vᵀ)`.
 
@@ -97,7 +100,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
             matrices: For each untied layer P [C, d_in, d_out], or with n_instances in front: y = x W, the transpose
                 of what `nn.Linear` stores.
             rank: What each component is cut to, its nearest matrix of that rank; None for the largest rank there is.
-            method, ties: As for `from_factors`.
+            method, ties, output: As for `from_factors`.
 
         Returns:
             The decomposition.
@@ -110,10 +113,17 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         if not isinstance(matrices, Mapping):
             raise TypeError(_masks.refuse("matrices", "map layers to matrices", type(matrices).__name__))
         factors = {name: _making.split(name, P, rank) for name, P in matrices.items()}
-        return cls(_making.fit(model, factors, ties), method, "given matrices")
+        return cls(_making.fit(model, factors, ties, output), method, "given matrices")
 
     @classmethod
-    def from_svd(cls, model: nn.Module, targets: Sequence[str], C: int, method: APD | None = None) -> Decomposition:
+    def from_svd(
+        cls,
+        model: nn.Module,
+        targets: Sequence[str],
+        C: int,
+        method: APD | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> Decomposition:
         """The baseline that knows no features: component c is the c-th term `σ_c u_c v_cᵀ` of each layer's SVD.
 
         Args:
@@ -121,27 +131,36 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
             targets: fnmatch patterns over its module names, as for `decompose`.
             C: Number of components. With fewer than a layer has singular values its smallest terms are missing.
             method: How components are attributed and selected; None for `APD(topk=1.0)`.
+            output: Takes the tensor to compare from what the model returns, as for `decompose`.
 
         Raises:
             ValueError: A pattern matches nothing, or C is below 1.
             TypeError: A matched module cannot be decomposed.
         """
-        from fastapd import metrics
+        from fastapd import _making, metrics
         from fastapd.components import Components
 
         sites = find_sites(model, targets)
         given = {site.name: metrics.svd_factors(site.weight, C, 1) for site in sites if not site.tied_to}
-        ties = {site.name: site.tied_to for site in sites if site.tied_to}
-        return cls(ComponentModel(model, sites, Components.from_factors(given, ties)), method, "SVD of each layer")
+        ties = _making.ties_of(sites)
+        made = ComponentModel(model, sites, Components.from_factors(given, ties), output)
+        return cls(made, method, "SVD of each layer")
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, strict: bool = True) -> Decomposition:
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        strict: bool = True,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> Decomposition:
         """What `save` wrote, or the run directory of a training.
 
         Args:
             path: The file, or a directory that `decompose(out=...)` made.
             model: The target; it is not modified.
             strict: Whether its decomposed matrices must be, to the bit, those that the components were made for.
+            output: Takes the tensor to compare from what the model returns, as for `decompose`.
 
         Returns:
             The decomposition, with the method of the file; from a run directory also with its history.
@@ -155,7 +174,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
 
         held = _decomposition_file.read(path)
         _decomposition_file.check_shapes(held, model)
-        fitted = _making.fit(model, held.factors, held.ties)
+        fitted = _making.fit(model, held.factors, held.ties, output)
         if strict:
             _decomposition_file.check_weights(held, fitted)
         found = cls(fitted, held.method, held.made)

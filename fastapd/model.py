@@ -12,15 +12,15 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastapd._chain import Chain, NotAChainError, trace
-from fastapd._intercept import PLAIN, Role, evaluating, replaced
+from fastapd._intercept import evaluating, replaced
 from fastapd._random import stream
+from fastapd._record import Call, Inputs, Pass, Record, ScaledGradient, Use, applied, factors, leading, of_use
 from fastapd._sites import Linear, Site, TransposedLinear, adapter_of, find_sites
 from fastapd.components import Components
 from fastapd.ops import Selection, component_forward, component_forward_selected, component_sum
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 __all__ = [
+    "Call",
     "ComponentModel",
     "Linear",
     "Record",
@@ -47,200 +48,6 @@ __all__ = [
 def version(t: Tensor) -> int:
     """How often a tensor was written to, as far as torch counts it."""
     return 0 if t.is_inference() else t._version
-
-
-class Use(NamedTuple):
-    """One product with a site's matrix, where it is more than the site's only one.
-
-    Attributes:
-        site: The name of the site.
-        transposed: Whether it is a product with the transpose.
-        ids: For rows that were looked up: which occur, in order; the recorded inputs are one-hot among these.
-        at: For rows that were looked up: their numbers, one a sample.
-    """
-
-    site: str
-    transposed: bool = False
-    ids: Tensor | None = None
-    at: Tensor | None = None
-
-
-class Call(NamedTuple):
-    """One product with a decomposed matrix, in one run of the target.
-
-    Attributes:
-        key: The site's name; `name#2`, `name#3` and so on where the same run comes back to it.
-        use: Which matrix, and how.
-        rows: The input [n_instances, batch, d].
-        shape: Of the input as the target hands it over: of numbers to be looked up, or of vectors.
-    """
-
-    key: str
-    use: Use
-    rows: Tensor
-    shape: torch.Size
-
-    def factors(self, components: Components) -> tuple[Tensor, Tensor]:
-        """The factors [I, C, d, m], [I, C, m, e] that `rows` are multiplied by."""
-        return _of_use(components, self.use)
-
-    def matrix(self, weight: Float[Tensor, "I d_in d_out"]) -> Tensor:
-        """Of a matrix of the site's shape, what `rows` are multiplied by."""
-        weight = weight.mT if self.use.transposed else weight
-        return weight if self.use.ids is None else weight.index_select(1, self.use.ids)
-
-
-Inputs = Tensor | Mapping[str, Any]
-"""What a target is called with: one tensor, or its arguments by name."""
-
-
-def leading(x: Inputs) -> Tensor:
-    """The tensor whose first axis is the batch: the first of those given."""
-    if isinstance(x, Tensor):
-        return x
-    for value in x.values():
-        if isinstance(value, Tensor):
-            return value
-    raise TypeError(f"decompose: data must yield tensors, got a dict of {', '.join(map(str, x)) or 'nothing'}")
-
-
-class Record(NamedTuple):
-    """What passed through the sites: the target's output, and each site's inputs and outputs before the bias.
-
-    A site that runs again in the same call, or is used in another way than once as x W, is recorded under its name
-    with `#2`, `#3` and so on, and `uses` says what that was.
-
-    Attributes:
-        found: Where the target is a chain, the values of all its steps and the matrices of the sites.
-        uses: What is not its site's plain product x W, by the keys of `inputs` and `outputs`.
-        axes: How many leading axes of the output count samples that do not depend on each other; None for all but
-            the last.
-        measured: In place of the output where only the lengths of its gradients matter: narrower, of equal lengths.
-    """
-
-    output: Tensor
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    found: Values | None = None
-    uses: Mapping[str, Use] = MappingProxyType({})
-    axes: int | None = None
-    measured: Tensor | None = None
-
-
-def factors(components: Components, record: Record, key: str) -> tuple[Tensor, Tensor]:
-    """The factors [I, C, d, m], [I, C, m, e] that one recorded product is made with; of looked-up rows, the rows."""
-    use = record.uses.get(key)
-    return components.factors(key) if use is None else _of_use(components, use)
-
-
-def _of_use(components: Components, use: Use) -> tuple[Tensor, Tensor]:
-    A, B = components.factors(use.site)
-    if use.transposed:
-        A, B = B.mT, A.mT
-    return A if use.ids is None else A.index_select(2, use.ids), B
-
-
-def _applied(use: Use, rows: Tensor, W: Tensor) -> Tensor:
-    if use.at is not None:
-        return W.index_select(1, use.at)
-    return rows @ (W.mT if use.transposed else W)
-
-
-class _Pass:
-    """Takes the place of the sites in one run of the target."""
-
-    def __init__(self, model: ComponentModel, compute: Callable[[str, Use | None, Tensor], Tensor]) -> None:
-        self._model, self._compute, self._mixed = model, compute, model.mixed
-        self.scale: list[Tensor] = []  # by which gradients in half precision are larger than they are
-        self.begin()
-
-    def begin(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.uses: dict[str, Use] = {}
-        self.shape = torch.Size()  # of the input, as the target hands it over, of the site that is computing
-
-    def __call__(self, site: Site, x: Tensor, role: Role = PLAIN) -> Tensor:
-        self.shape = x.shape
-        if role is not PLAIN or site.name in self.inputs:
-            return self._unusual(site, x, role)
-        self._check(site, x, False)
-        y = site.from_instances(self._product(site.name, None, site.to_instances(x)), x)
-        return y if self._mixed is None else y.to(self._mixed[1])
-
-    def _product(self, key: str, use: Use | None, rows: Tensor) -> Tensor:
-        """Computes and records; in the components' dtype, whatever the target's is."""
-        if self._mixed is None:
-            y = self._compute(key, use, rows)
-            self.inputs[key], self.outputs[key] = rows, y
-            return y
-        rows = rows.to(self._mixed[0])
-        self.inputs[key] = rows
-        y = self._compute(key, use, _ScaledGradient.apply(rows, self.scale, "up") if self.scale else rows)
-        self.outputs[key] = y
-        return _ScaledGradient.apply(y, self.scale, "down") if self.scale else y
-
-    def _check(self, site: Site, x: Tensor, transposed: bool) -> None:
-        layer = self._model.components.layers[site.name]
-        width = layer.d_out if transposed else layer.d_in
-        if x.shape[-1] != width:
-            raise ValueError(
-                f"decompose: data must give {site.name} inputs of width {width}, got shape {list(x.shape)}; "
-                "the last axis is the one that is multiplied"
-            )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"decompose: data must give {site.name} floating-point inputs, got {x.dtype}; "
-                "only an embedding takes whole numbers"
-            )
-
-    def _unusual(self, site: Site, x: Tensor, role: Role) -> Tensor:
-        count = 1 + sum((self.uses[key].site if key in self.uses else key) == site.name for key in self.inputs)
-        key = site.name if count == 1 else f"{site.name}#{count}"
-        if not role.ids:
-            self._check(site, x, role.transposed)
-            self.uses[key] = Use(site.name, role.transposed)
-            y = self._product(key, self.uses[key], site.to_instances(x))
-            y = y.reshape(*x.shape[:-1], y.shape[-1]) if site.is_parameter else site.from_instances(y, x)
-            return y if self._mixed is None else y.to(self._mixed[1])
-        if x.is_floating_point() or x.dtype == torch.bool:
-            raise TypeError(f"decompose: data must give {site.name} whole numbers, got {x.dtype}")
-        at = x.reshape(-1)
-        n = self._model.components.layers[site.name].d_in
-        ids, inverse = torch.unique(at, return_inverse=True)
-        if at.numel() and not 0 <= int(ids[0]) <= int(ids[-1]) < n:
-            raise ValueError(
-                f"decompose: data must give {site.name} numbers in [0, {n}), got {int(ids[0])} to {int(ids[-1])}"
-            )
-        self.uses[key] = Use(site.name, False, ids, at)
-        weight = site.weight
-        rows = torch.zeros(at.shape[0], ids.shape[0], dtype=weight.dtype, device=weight.device)
-        rows.scatter_(1, inverse[:, None], 1)
-        y = self._product(key, self.uses[key], rows[None])
-        return y.reshape(*x.shape, y.shape[-1]).to(weight.dtype)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is brought to where float16 has room, or back from there.
-
-    Args:
-        x: Any values in float32.
-        scale: One number, by which gradients are larger than they are while they pass through the target.
-        what: "begin" chooses the scale, so that the largest gradient is 1; "up" multiplies by it; "down" divides.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: list[Tensor], what: str) -> Tensor:
-        ctx.scale, ctx.what = scale, what
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (g,) = grads
-        if ctx.what == "begin":
-            largest = g.abs().amax() if g.numel() else g.new_zeros(())
-            ctx.scale[0] = torch.where(largest > 0, 1 / largest.clamp(1e-30, 1e30), 1.0)
-        return g / ctx.scale[0] if ctx.what == "down" else g * ctx.scale[0], None, None
 
 
 class ComponentModel:
@@ -272,7 +79,7 @@ class ComponentModel:
                 )
         self.target, self.sites, self.components = target, list(sites), components
         self._some = next(iter(components.B.values()))
-        self._take_output = output
+        self.take_output = output
         self._modules = list(target.modules())
         self._heads: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._threshold: Tensor | None = None
@@ -297,7 +104,7 @@ class ComponentModel:
     def mixed(self) -> tuple[torch.dtype, torch.dtype] | None:
         """The components' dtype and the target's, if they differ."""
         of_components = self._some.dtype
-        of_target = self.sites[0].adapter.held(self.sites[0].module).dtype
+        of_target = self.sites[0].dtype
         return None if of_components == of_target else (of_components, of_target)
 
     def probe_generator(self) -> torch.Generator:
@@ -361,8 +168,8 @@ class ComponentModel:
                 return forward_selected_into_gradients(rows, *stored, active, *gradients)
             if active is None:
                 W = self.components.weight(name)
-                return rows @ W if use is None else _applied(use, rows, W)
-            A, B = self.components.factors(name) if use is None else _of_use(self.components, use)
+                return rows @ W if use is None else applied(use, rows, W)
+            A, B = self.components.factors(name) if use is None else of_use(self.components, use)
             if isinstance(active, Selection):
                 ranked = A.shape[1] - always_on
                 y = component_forward_selected(rows, A[:, :ranked], B[:, :ranked], active)
@@ -371,7 +178,7 @@ class ComponentModel:
             return component_forward(rows, A, B, mask.expand(-1, rows.shape[1], -1))
 
         mixed = self.mixed
-        through = _Pass(self, compute)
+        through = Pass(self.components, mixed, compute)
         if mixed is not None and mixed[1] == torch.float16:
             through.scale.append(
                 self._some.new_ones(())
@@ -380,7 +187,7 @@ class ComponentModel:
         if mixed is not None:
             output = output.to(mixed[0])
             if through.scale:
-                output = _ScaledGradient.apply(output, through.scale, "begin")
+                output = ScaledGradient.apply(output, through.scale, "begin")
         return Record(output, through.inputs, through.outputs, uses=through.uses)
 
     def run(self, x: Inputs, write: Callable[[Call], Tensor]) -> Tensor:
@@ -394,7 +201,8 @@ class ComponentModel:
         def compute(key: str, use: Use | None, rows: Tensor) -> Tensor:
             return write(Call(key, Use(key) if use is None else use, rows, through.shape))
 
-        through = _Pass(self, compute)
+        through = Pass(self.components, self.mixed, compute)
+        through.same_samples = False
         output = self._run(x, through)[0]
         return output if self.mixed is None else output.to(self.mixed[0])
 
@@ -419,12 +227,12 @@ class ComponentModel:
             name = key if use is None else use.site
             W = self.components.weight(name).detach() if of_components else self._by_name[name].weight
             W = weights[name] = W if mixed is None else W.to(mixed[0])
-            y = rows @ W if use is None else _applied(use, rows, W)
+            y = rows @ W if use is None else applied(use, rows, W)
             if differentiable and not y.requires_grad:
                 y.requires_grad_()
             return y
 
-        through, seen = _Pass(self, compute), []
+        through, seen = Pass(self.components, mixed, compute), []
         with torch.set_grad_enabled(differentiable), self._watched(seen) if differentiable else _nothing():
             output, values = self._run(x, through)
             measured = [self._narrowed(module, h) for module, h, y in seen if values is None and y is output]
@@ -482,7 +290,7 @@ class ComponentModel:
             known = self._heads[id(module)] = weight, version(weight), torch.linalg.qr(wide, mode="r").R
         return h.to(known[2].dtype) @ known[2].mT
 
-    def _run(self, x: Inputs, through: _Pass, known: Values | None = None) -> tuple[Tensor, list[Tensor] | None]:
+    def _run(self, x: Inputs, through: Pass, known: Values | None = None) -> tuple[Tensor, list[Tensor] | None]:
         """The target's output with its sites replaced, and the values of its chain if it is one."""
 
         def target() -> Tensor:
@@ -511,12 +319,14 @@ class ComponentModel:
         return output, values
 
     def _output(self, found: Any) -> Tensor:
-        if self._take_output is not None:
-            taken = self._take_output(found)
+        if self.take_output is not None:
+            taken = self.take_output(found)
             if not isinstance(taken, Tensor):
                 raise TypeError(f"decompose: output must return a tensor, got {type(taken).__name__}")
-            return taken
+            found = taken
         if isinstance(found, Tensor):
+            if not found.is_floating_point():
+                raise TypeError(f"decompose: model must return floating-point numbers, got {found.dtype}")
             return found
         logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
         if not isinstance(logits, Tensor):
@@ -526,7 +336,7 @@ class ComponentModel:
             )
         return logits
 
-    def _check_samples(self, through: _Pass) -> None:
+    def _check_samples(self, through: Pass) -> None:
         """Every site must have run, and all on the same samples."""
         ran = {through.uses[key].site if key in through.uses else key for key in through.inputs}
         if missing := [site.name for site in self.sites if site.name not in ran]:
@@ -535,7 +345,7 @@ class ComponentModel:
                 "out, or name what uses its matrix"
             )
         counts = {key: rows.shape[1] for key, rows in through.inputs.items()}
-        if len(set(counts.values())) > 1:
+        if through.same_samples and len(set(counts.values())) > 1:
             shown = ", ".join(f"{key}: {n}" for key, n in counts.items())
             raise ValueError(
                 f"decompose: targets must all see the same number of samples, got {shown}; decompose those that "
@@ -556,7 +366,7 @@ class ComponentModel:
         for site in self.sites:
             if site.is_parameter or site.adapter.ids:
                 return f"{site.name} is {'a parameter by itself' if site.is_parameter else 'an embedding'}"
-        if self._take_output is not None:
+        if self.take_output is not None:
             return "its output is taken from what it returns"
         try:
             with evaluating(self._modules):

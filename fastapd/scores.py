@@ -138,7 +138,7 @@ def baseline(model: ComponentModel, name: str, seed: int = 0) -> ComponentModel:
     from fastapd._random import stream
 
     own = model.components
-    ties = {layer: shape.tied_to for layer, shape in own.layers.items() if shape.tied_to}
+    ties = own.ties
     weights = {layer: W for layer, W in model.weights.items() if layer not in ties}
     like = next(iter(weights.values()))
     if name == "random":
@@ -152,7 +152,7 @@ def baseline(model: ComponentModel, name: str, seed: int = 0) -> ComponentModel:
         rank = max(min(W.shape[1:]) for W in weights.values())
         given = {layer: metrics.copies_factors(W, own.n_components, rank) for layer, W in weights.items()}
         components = Components.from_factors(given, ties)
-    return ComponentModel(model.target, model.sites, components)
+    return ComponentModel(model.target, model.sites, components, model.take_output)
 
 
 @torch.no_grad()

@@ -308,6 +308,7 @@ def decompose(
     _at_least_one(C=C, rank=rank, log_every=log_every)
     if method.topk is not None and method.topk > C - method.distil_from_target:
         raise ValueError(f"decompose: method.topk must be at most {C - method.distil_from_target}, got {method.topk}")
+    model = getattr(model, "_orig_mod", model)  # of a compiled module, whose code would run without the components
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
@@ -315,7 +316,7 @@ def decompose(
                 "running statistics"
             )
     target, sites = _on_device(model, device, targets, init)
-    first = sites[0].weight
+    first = sites[0].weight.to(sites[0].dtype)
     if init is None:
         generator = stream(seed, "components")
         shapes = {site.name: site.shape for site in sites}
@@ -374,7 +375,7 @@ def decompose(
                     bar.set_postfix({name: f"{row[name]:.2e}" for name in step.terms}, refresh=False)
             if bar is not None and index < steps:
                 bar.update()
-        state = "finished"
+        state, result.last_batch = "finished", x
     except KeyboardInterrupt:
         state, message = "interrupted", f"stopped by the user at step {index} of {steps}"
         raise

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastapd import APD, DivergedError, Optimiser, _plan, decompose
+from fastapd import APD, DivergedError, Optimiser, _plan, attributions, decompose
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
 from fastapd.model import ComponentModel, find_sites
@@ -305,3 +305,34 @@ def test_decompose_refuses_a_model_without_values_or_of_batch_statistics():
     mixing = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(ValueError, match=r"^decompose: model must not mix the samples of a batch, got 1, a BatchNorm"):
         _decompose(mixing, [torch.randn(8, 4)], ["0"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_decompose_of_weights_that_are_computed():
+    new = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    for model in (new, old):
+        result = _decompose(model, [torch.randn(8, 4)], ["0", "2"], optimiser=OPTIMISER, steps=40)
+        assert result.model.mixed is None
+        assert result.history[-1]["faithfulness"] < 0.5 * result.history[0]["faithfulness"]
+
+
+def test_decompose_of_a_compiled_model_is_that_of_the_model():
+    model, data = _mlp(), [torch.randn(8, 4)]
+    compiled: Any = torch.compile(model)
+    result = _decompose(compiled, data, ["0", "2"])
+    assert result.model.target is model
+    assert _timeless(result.history) == _timeless(_decompose(model, data, ["0", "2"]).history)
+
+
+def test_decompose_refuses_outputs_without_gradients_or_fractions():
+    with pytest.raises(ValueError, match=r"^decompose: model must let gradients through from mlp to what it returns"):
+        _decompose(_Language(lambda y: y.detach()), [_tokens()])
+    with pytest.raises(TypeError, match=r"^decompose: model must return floating-point numbers, got torch\.int64"):
+        _decompose(_Language(lambda y: y.argmax(-1)), [_tokens()])
+
+
+def test_decompose_says_that_exact_attributions_of_long_sequences_are_many(monkeypatch):
+    monkeypatch.setattr(attributions, "MANY", 39)
+    with pytest.warns(UserWarning, match=r"^decompose: exact attributions take 40 vector-Jacobian products a step"):
+        _decompose(_Language(), [_tokens()], steps=1)

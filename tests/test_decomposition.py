@@ -381,7 +381,7 @@ E = torch.eye(5, dtype=torch.float64)
         ),
         (
             {"0": (torch.ones(4, 5, 2), torch.ones(4, 2, 6))}, {"2": "0"}, ValueError,
-            "ties must name for each tied layer the one whose transpose it is, got '0' for 2, which is tied to None",
+            "ties must name for each tied layer the one that holds its matrix, got '0' for 2, which is tied to None",
         ),
     ],
 )  # fmt: skip

@@ -111,9 +111,14 @@ def test_state_dict_edits_what_shares_the_matrix():
     assert torch.equal(other.unembed.weight, state["unembed.weight"]) and other.embed.weight is other.unembed.weight
     twice = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     twice[1].weight = twice[0].weight
-    both = Decomposition.from_matrices(twice, {"0": torch.randn(2, 4, 4), "1": torch.randn(2, 4, 4)})
-    with pytest.raises(ValueError, match=r"the factors of 1.weight and 0.weight, which are one tensor, must give the"):
-        both.state_dict({0: 0.0})
+    P = torch.randn(2, 4, 4)
+    with pytest.raises(ValueError, match=r"factors must be given once for layers that share a matrix, got 1, which is"):
+        Decomposition.from_matrices(twice, {"0": P, "1": P})
+    both = Decomposition.from_matrices(twice, {"0": P}, ties={"1": "0"})
+    assert [site.name for site in both.model.sites] == ["0", "1"]
+    state = both.state_dict({0: 0.0})
+    assert torch.equal(state["0.weight"], state["1.weight"])
+    torch.testing.assert_close(state["0.weight"], twice[0].weight.detach() - P[0].mT)
 
 
 @pytest.mark.parametrize(

@@ -497,7 +497,7 @@ def test_sites_a_parametrised_layer_is_one_by_its_weight():
     x = torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(model.record_target(x).output, target(x).detach(), **CLOSE)
     assert model.sites[0].state(model.sites[0].weight) == {}
-    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))).double()
+    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))).double()  # its weight is in float32 until it has run
     torch.testing.assert_close(_model(old, ["0"]).record_target(x).output, old(x).detach(), **CLOSE)
 
 
