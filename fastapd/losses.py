@@ -88,7 +88,10 @@ def kl_divergence(output: Tensor, target_output: Tensor) -> Float[Tensor, " I"]:
         output, target_output: [n_instances, batch, n_outputs], or any shape without the instance axis.
     """
     log_p = target_output.detach().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - output.log_softmax(-1))).sum(-1)
+    p = log_p.exp()
+    kl = (p * torch.where(p == 0, 0, log_p - output.log_softmax(-1))).sum(-1)  # 0 log 0 is 0
+    if kl.numel() == 0:
+        return kl.sum(-1) if output.dim() == 3 else kl.sum().reshape(1)  # an empty batch has no error
     return kl.mean(-1) if kl.dim() == 2 and output.dim() == 3 else kl.mean().reshape(1)
 
 
@@ -111,8 +114,9 @@ def lp_weights(
 
 
 def lp_sparsity(weights: Float[Tensor, "I b C"]) -> Float[Tensor, " I"]:
-    """mean_b sum_c of `lp_weights`."""
-    return weights.sum(-1).mean(-1)
+    """mean_b sum_c of `lp_weights`; 0 for an empty batch."""
+    each = weights.sum(-1)  # [I, b]
+    return each.mean(-1) if each.shape[-1] else each.sum(-1)
 
 
 def activation_reconstruction(

@@ -140,6 +140,9 @@ def test_losses_of_an_empty_batch_are_zero():
     )
     assert torch.equal(losses.reconstruction(empty, empty), _t([0, 0]))
     assert torch.equal(losses.reconstruction(empty[0], empty[0]), _t([0]))
+    assert torch.equal(losses.kl_divergence(empty, empty), _t([0, 0]))
+    assert torch.equal(losses.kl_divergence(empty[0], empty[0]), _t([0]))
+    assert torch.equal(losses.lp_sparsity(losses.lp_weights(empty, 3, 0.9)), _t([0, 0]))
     found = losses.activation_reconstruction({"l": empty}, {"l": empty}, {"l": torch.relu})
     assert torch.equal(found, _t([0, 0]))
 
@@ -154,3 +157,12 @@ def test_reconstruction_is_twice_differentiable():
     output, target = (torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(2))
     assert torch.autograd.gradcheck(lambda y: losses.reconstruction(y, target), output.requires_grad_())
     assert torch.autograd.gradgradcheck(lambda y: losses.reconstruction(y, target), output)
+
+
+def test_kl_divergence_counts_an_impossible_output_as_nothing():
+    target, output = _t([[[0.0, -torch.inf, 0.0]]]), _t([[[0.0, 1.0, 0.0]]]).requires_grad_()
+    loss = losses.kl_divergence(output, target)
+    q = 1 / (2 + torch.e)
+    torch.testing.assert_close(loss.detach(), _t([0.5 / q]).log())
+    loss.sum().backward()
+    torch.testing.assert_close(output.grad, _t([[[q - 0.5, torch.e * q, q - 0.5]]]))

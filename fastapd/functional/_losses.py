@@ -137,7 +137,7 @@ def lp_weights(
         attributions: [batch, (n_instances,) n_components], sums of squares as `grad_attributions` gives them.
         n_outputs: Of the target.
         p: The exponent, in (0, inf).
-        eps: Inside the power. With 1e-16 the slope at a zero attribution is large: (p/2) eps^{p/2-1}.
+        eps: Inside the power; bounds the slope near zero, which still reaches (p/2) eps^{p/2-1} / n_outputs.
 
     Returns:
         Weights of the shape of attributions.
@@ -146,8 +146,8 @@ def lp_weights(
         ValueError: If the shape is wrong or n_outputs, p or eps is out of range.
         TypeError: If attributions are not floating.
 
-    Gradient: in attributions.
-    Source: `calc_lp_sparsity_loss` of ApolloResearch/apd, `lp_sparsity_loss_per_k`.
+    Gradient: in attributions; zero at an attribution of exactly zero, as torch differentiates |a|.
+    Source: `calc_lp_sparsity_loss` of ApolloResearch/apd.
     """
     return _lp_weights("lp_weights", attributions, n_outputs, p, eps)
 
