@@ -311,3 +311,46 @@ def test_optimize_tells_wandb_the_same_and_only_if_there_is_a_project(spd, patch
         for key, value in their_values.items():
             same = value if value is None or isinstance(value, tuple) else pytest.approx(float(value), rel=1e-4)
             assert (values[key] if same is value else float(values[key])) == same, key
+
+
+def _own_models(spd: Any) -> tuple[Any, Any]:
+    """A model that a user of the research code might write: two layers, nonlinear, without an axis of instances."""
+    layers, base, hooks = (spd.modules["models.components"], spd.modules["models.base"], spd.modules["hooks"])
+
+    class Mixin:
+        def forward(self: Any, x: Any, topk_mask: Any = None) -> Any:
+            return torch.tanh(self.second(torch.relu(self.first(x, topk_mask=topk_mask)), topk_mask=topk_mask))
+
+    class OwnTarget(Mixin, hooks.HookedRootModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layers.Linear(5, 4), layers.Linear(4, 3)
+            self.setup()
+
+    class OwnModel(Mixin, base.SPDModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.C = 6
+            self.first, self.second = layers.LinearComponent(5, 4, C=6, m=2), layers.LinearComponent(4, 3, C=6, m=2)
+            self.setup()
+
+    return OwnModel(), OwnTarget()
+
+
+@pytest.mark.parametrize("name", ["tms-topk", "tms-sample-distil", "tms-lp", "tms-act-recon", "tms-topk-and-lp"])
+def test_optimize_of_a_users_own_model_without_instances(spd, patched, name):
+    config = spd.config("tms", **{**RUNS[name][1], "unit_norm_matrices": True})
+    data = [(torch.rand(32, 5) * (torch.rand(32, 5) < 0.5) + 0.01, None) for _ in range(60)]
+    runs = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model, target = _own_models(spd)
+        lines: list[str] = []
+        with patched() if on else warnings.catch_warnings(), pytest.MonkeyPatch.context() as monkey:
+            monkey.setattr(spd.modules["run_spd"].tqdm, "write", lines.append)
+            spd.optimize(model, config, "cpu", data, target, ["first", "second"])
+        runs.append((lines, model))
+    (theirs, their_model), (ours, our_model) = runs
+    _close(ours, theirs, 1e-4)
+    for (key, a), b in zip(our_model.named_parameters(), their_model.parameters(), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm(), key
