@@ -1,7 +1,8 @@
 """One batch through the method: attributions, selection, and every term of the loss.
 
-Nothing differentiates into the target. In top-k form nothing differentiates through attributions either, so they are
-taken without a graph; the forward pass of all components runs only when a loss or the attribution asks for it.
+Nothing differentiates into the target. In top-k form nothing differentiates through attributions either, unless their
+sparsity is a term of the loss, so they are taken without a graph; the forward pass of all components runs only when a
+loss or the attribution asks for it.
 """
 
 from __future__ import annotations

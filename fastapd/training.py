@@ -3,7 +3,7 @@
 One step of APD in top-k mode, in this order, which is the research code's (so that its trajectories can be replayed):
 learning rate -> batch -> unit norm -> target (recorded) -> attributions -> selection -> masked forward -> losses ->
 backward -> tangential gradients -> AdamW. Nothing differentiates into the target, nor through attributions except in
-the Lp form; the forward of all components runs only when a loss or the attribution asks for it.
+the Lp form's terms; the forward of all components runs only when a loss or the attribution asks for it.
 
 From unit norm on, a step is `update`, which on a CUDA device never waits for it: `_cuda_graph` makes one graph of it.
 """

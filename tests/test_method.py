@@ -66,6 +66,18 @@ def test_attribution_norm_is_the_root_of_the_mean_over_outputs():
     assert torch.equal(norms.mask, squares.mask)
 
 
+def test_lp_sparsity_beside_a_selection_lowers_attributions():
+    model, x = _tms(), _x()
+    method = APD(topk=1.0, faithfulness=0.0, minimality=0.0, simplicity=0.0, lp_sparsity=2.0, lp_p=0.9)
+    step = train_step(model, method, make_optimiser(model.components), 0.0, x)
+    assert step.selection is not None
+    found = [p.grad.clone() for p in model.components.parameters() if p.grad is not None]
+    squares = gradient_attributions(model, model.record_target(x, differentiable=True))
+    term = 2.0 * losses.lp_sparsity(losses.lp_weights(squares, 6, 0.9)).mean()
+    for a, b in zip(found, torch.autograd.grad(term, list(model.components.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
 def test_ablation_attributions_follow_the_definition():
     model, x = _tms(), _x()
     output = model.forward(x).output.detach()

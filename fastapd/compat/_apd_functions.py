@@ -246,11 +246,19 @@ def component_layer(self: Any, x: Tensor, topk_mask: Tensor | None = None) -> Te
     flat = A.dim() == 3 and x.dim() != 2  # samples on several axes
     rows = x.reshape(-1, x.shape[-1]) if flat else instances_first(x)
     if topk_mask is None:
-        y = rows @ component_sum(A, B)
+        y = _all_on(rows, A, B)
     else:
         mask = topk_mask.reshape(-1, wanted[-1]) if flat else instances_first(topk_mask)
         y = _masked(rows, A, B, mask)
     return self.hook_post(y.reshape(*x.shape[:-1], y.shape[-1]) if flat else instances_first(y))
+
+
+def _all_on(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """By the sum of the components, unless the samples are so few that it costs more than they do."""
+    d_in, d_out = A.shape[-2], B.shape[-1]
+    if rows.shape[-2] * (d_in + d_out) < d_in * d_out:
+        return component_forward(rows, A, B)
+    return rows @ component_sum(A, B)
 
 
 def _masked(rows: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:

@@ -154,10 +154,13 @@ class AnyStep:
             _need(config.batch_topk and one, "exact_topk", "be false without batch_topk and one instance", True)
         if config.schatten_coeff is not None:
             _need(
-                topk is not None or lp is not None, "topk", "be given, or lp_sparsity_coeff, with schatten_coeff", None
+                topk is not None or lp is not None,
+                "topk",
+                "be given, or lp_sparsity_coeff, with schatten_coeff",
+                "nothing",
             )
         if config.act_recon_coeff is not None and of_residual_mlp(config):
-            _need(topk is not None, "topk", "be given with act_recon_coeff of a residual MLP", None)
+            _need(topk is not None, "topk", "be given with act_recon_coeff of a residual MLP", "nothing")
 
     def _own(self, name: str) -> Any:
         """A function of the research code's as it is there now."""

@@ -23,7 +23,7 @@ import torch
 from fastapd.compat import apd
 
 NAMES = (
-    "run_spd", "utils", "module_utils", "models.base", "models.components", "experiments.tms.models",
+    "run_spd", "utils", "hooks", "module_utils", "models.base", "models.components", "experiments.tms.models",
     "experiments.resid_mlp.models", "experiments.resid_mlp.resid_mlp_dataset", "plotting",
 )  # fmt: skip
 

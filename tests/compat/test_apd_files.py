@@ -47,7 +47,9 @@ def _mlp_state(n: int = 1, layers: int = 2, bias: bool = True) -> dict[str, Tens
     return state
 
 
-def _write(folder: Path, kind: str, state: dict[str, Tensor], act: str = "relu", output_act: bool = False) -> Path:
+def _write(
+    folder: Path, kind: str, state: dict[str, Tensor], act: str = "relu", output_act: bool = False, synced: Any = None
+) -> Path:
     """A target's folder as the research code's training scripts leave it."""
     path = folder / ("tms.pth" if kind == "tms" else "resid_mlp.pth")
     torch.save(state, path)
@@ -55,7 +57,7 @@ def _write(folder: Path, kind: str, state: dict[str, Tensor], act: str = "relu",
         sizes = {"n_instances": 2, "n_features": 5, "n_hidden": 2, "device": "cpu"}
         sizes["n_hidden_layers"] = sum("hidden_layers" in name for name in state)
         train = {"tms_model_config": sizes, "feature_probability": 0.05, "batch_size": 8, "steps": 1, "lr": 1e-3,
-                 "data_generation_type": "at_least_zero_active"}  # fmt: skip
+                 "data_generation_type": "at_least_zero_active", "synced_inputs": synced}  # fmt: skip
         (folder / "tms_train_config.yaml").write_text(yaml.safe_dump(train))
         return path
     sizes = {
@@ -63,7 +65,9 @@ def _write(folder: Path, kind: str, state: dict[str, Tensor], act: str = "relu",
         "n_layers": sum("mlp_in" in name for name in state), "act_fn_name": act, "apply_output_act_fn": output_act,
         "in_bias": "layers.0.bias1" in state, "out_bias": "layers.0.bias2" in state, "init_scale": 1.0,
     }  # fmt: skip
-    (folder / "resid_mlp_train_config.yaml").write_text(yaml.safe_dump({"resid_mlp_config": sizes}))
+    (folder / "resid_mlp_train_config.yaml").write_text(
+        yaml.safe_dump({"resid_mlp_config": sizes, "synced_inputs": synced})
+    )
     (folder / "label_coeffs.json").write_text("[[1, 1, 1, 1, 1, 1]]")
     return path
 
@@ -384,11 +388,13 @@ def test_optimize_refuses(tmp_path, monkeypatch, call, said):
 # -------------------------------------------------------------------------------------------- beside the research code
 
 
-@pytest.mark.parametrize("generation", ["at_least_zero_active", "exactly_one_active"])
+@pytest.mark.parametrize("generation", ["at_least_zero_active", "exactly_one_active", "synced"])
 @pytest.mark.parametrize("kind", ["tms", "mlp"])
 def test_optimize_alone_gives_what_the_research_codes_script_gives(spd, tmp_path, kind, generation):
     """The script's own steps: seed, load the target, initialise the components, copy what is fixed, train."""
-    path = _write(tmp_path, kind, _tms_state(hidden=1) if kind == "tms" else _mlp_state())
+    synced = [[0, 1], [3, 4]] if generation == "synced" else None
+    generation = generation.replace("synced", "at_least_zero_active")
+    path = _write(tmp_path, kind, _tms_state(hidden=1) if kind == "tms" else _mlp_state(), synced=synced)
     task = {**(TASK if kind == "tms" else MLP_TASK), "data_generation_type": generation}
     values = _config(print_freq=1, task_config={**task, "pretrained_model_path": str(path)}, m=None)
     values |= {"lr": 1e-2, "schatten_coeff": 0.7, "topk_recon_coeff": 1.0}
@@ -400,7 +406,7 @@ def test_optimize_alone_gives_what_the_research_codes_script_gives(spd, tmp_path
             spd.TMSSPDModelConfig(**target.config.model_dump(mode="json"), C=config.C, m=config.m, bias_val=0.0)
         )
         fixed = ["b_final"]
-        data = spd.SparseFeatureDataset(2, 5, 0.3, "cpu", generation)
+        data = spd.SparseFeatureDataset(2, 5, 0.3, "cpu", generation, synced_inputs=synced)
         names = ["linear1", "linear2", "hidden_layers.0"]
     else:
         target, *_ = spd.ResidualMLPModel.from_pretrained(path)
@@ -408,7 +414,7 @@ def test_optimize_alone_gives_what_the_research_codes_script_gives(spd, tmp_path
         model = spd.ResidualMLPSPDModel(spd.ResidualMLPSPDConfig(**sizes))
         fixed = [name for name, _ in model.named_parameters() if "bias" in name or name.startswith("W_")]
         data = spd.modules["experiments.resid_mlp.resid_mlp_dataset"].ResidualMLPDataset(
-            1, 6, 0.3, "cpu", calc_labels=False, data_generation_type=generation
+            1, 6, 0.3, "cpu", calc_labels=False, data_generation_type=generation, synced_inputs=synced
         )
         names = [f"layers.{i}.{n}" for i in (0, 1) for n in ("mlp_in", "mlp_out")]
     for name in fixed:

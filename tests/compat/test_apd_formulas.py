@@ -145,10 +145,11 @@ def test_losses(n, of):
 
 
 @pytest.mark.parametrize("n", [(), (3,)])
+@pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("kind", ["none", "sparse", "dense", "float"])
-def test_layers(n, kind):
+def test_layers(n, batch, kind):
     layer = _Layer(*n, 6, d_in=5, m=2, d_out=4)
-    x, scores = torch.randn(7, *n, 5), torch.rand(7, *n, 6)
+    x, scores = torch.randn(batch, *n, 5), torch.rand(batch, *n, 6)
     mask = {"none": None, "sparse": scores < 0.1, "dense": scores < 0.8, "float": scores}[kind]
     weights = torch.ones_like(scores) if mask is None else mask.to(x.dtype)
     each = torch.einsum("b...i,...cim,...cmo->b...co", x, layer.A, layer.B) * weights[..., None]

@@ -26,6 +26,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def _refuse(*_: Any) -> Any:
+    raise _apd_optimize.NotKnownError("this is a test")
+
+
 def _pair(spd: Any, kind: str) -> tuple[Any, Any]:
     return spd.tms() if kind == "tms" else spd.mlp(C=6)
 
@@ -132,7 +136,7 @@ def test_optimize_leaves_the_target_without_gradients(spd, patched):
     assert target.linear1.weight.grad is not None
 
 
-def test_optimize_runs_ablation_attributions_which_the_research_code_cannot(spd, patched):
+def test_optimize_runs_ablation_attributions_which_the_research_code_cannot(spd, patched, monkeypatch):
     config = spd.config("tms", **TOPK, attribution_type="ablation", steps=3)
     pair = spd.tms()
     with pytest.raises(ValueError, match="too many values"):
@@ -140,7 +144,9 @@ def test_optimize_runs_ablation_attributions_which_the_research_code_cannot(spd,
     with patched(as_reference=True), pytest.raises(ValueError, match="too many values"):
         spd.run(pair, "tms", config)
     with patched():
-        assert len(spd.run(pair, "tms", config)) > 4
+        known = spd.run(pair, "tms", config)
+        monkeypatch.setattr(_apd_optimize, "method_of", _refuse)
+        _close(spd.run(pair, "tms", config), known, 1e-4)
 
 
 def test_optimize_counts_active_inputs_exactly(spd, patched):
@@ -197,14 +203,11 @@ def test_optimize_takes_another_step_where_the_models_are_not_as_expected(spd, p
 
 @pytest.mark.parametrize("name", RUNS)
 def test_optimize_of_any_model_prints_the_losses_of_the_research_code(spd, patched, monkeypatch, name):
-    def refuse(*_: Any) -> Any:
-        raise _apd_optimize.NotKnownError("this is a test")
-
     kind, settings = RUNS[name]
     pair, config = _pair(spd, kind), spd.config(_task(kind), **settings)
     active = "exactly_two_active" if "sample" in name else "at_least_zero_active"
     theirs = spd.run(pair, kind, config, active)
-    monkeypatch.setattr(_apd_optimize, "components_of", refuse)
+    monkeypatch.setattr(_apd_optimize, "components_of", _refuse)
     with patched():
         ours = spd.run(pair, kind, config, active)
     _close(ours, theirs, 1e-4)
@@ -213,7 +216,7 @@ def test_optimize_of_any_model_prints_the_losses_of_the_research_code(spd, patch
 
 def test_optimize_of_any_model_computes_what_it_does_not_print_no_more_than_needed(spd, patched, monkeypatch):
     """The same parameters come out whether or not steps are printed."""
-    monkeypatch.setattr(_apd_optimize, "method_of", lambda *_: (_ for _ in ()).throw(_apd_optimize.NotKnownError("x")))
+    monkeypatch.setattr(_apd_optimize, "method_of", _refuse)
     for settings in (RUNS["tms-topk"][1], RUNS["tms-lp"][1], RUNS["tms-act-recon"][1]):
         found = []
         for print_freq in (1, 1000):
@@ -308,3 +311,46 @@ def test_optimize_tells_wandb_the_same_and_only_if_there_is_a_project(spd, patch
         for key, value in their_values.items():
             same = value if value is None or isinstance(value, tuple) else pytest.approx(float(value), rel=1e-4)
             assert (values[key] if same is value else float(values[key])) == same, key
+
+
+def _own_models(spd: Any) -> tuple[Any, Any]:
+    """A model that a user of the research code might write: two layers, nonlinear, without an axis of instances."""
+    layers, base, hooks = (spd.modules["models.components"], spd.modules["models.base"], spd.modules["hooks"])
+
+    class Mixin:
+        def forward(self: Any, x: Any, topk_mask: Any = None) -> Any:
+            return torch.tanh(self.second(torch.relu(self.first(x, topk_mask=topk_mask)), topk_mask=topk_mask))
+
+    class OwnTarget(Mixin, hooks.HookedRootModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layers.Linear(5, 4), layers.Linear(4, 3)
+            self.setup()
+
+    class OwnModel(Mixin, base.SPDModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.C = 6
+            self.first, self.second = layers.LinearComponent(5, 4, C=6, m=2), layers.LinearComponent(4, 3, C=6, m=2)
+            self.setup()
+
+    return OwnModel(), OwnTarget()
+
+
+@pytest.mark.parametrize("name", ["tms-topk", "tms-sample-distil", "tms-lp", "tms-act-recon", "tms-topk-and-lp"])
+def test_optimize_of_a_users_own_model_without_instances(spd, patched, name):
+    config = spd.config("tms", **{**RUNS[name][1], "unit_norm_matrices": True})
+    data = [(torch.rand(32, 5) * (torch.rand(32, 5) < 0.5) + 0.01, None) for _ in range(60)]
+    runs = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model, target = _own_models(spd)
+        lines: list[str] = []
+        with patched() if on else warnings.catch_warnings(), pytest.MonkeyPatch.context() as monkey:
+            monkey.setattr(spd.modules["run_spd"].tqdm, "write", lines.append)
+            spd.optimize(model, config, "cpu", data, target, ["first", "second"])
+        runs.append((lines, model))
+    (theirs, their_model), (ours, our_model) = runs
+    _close(ours, theirs, 1e-4)
+    for (key, a), b in zip(our_model.named_parameters(), their_model.parameters(), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm(), key
