@@ -355,6 +355,7 @@ def decompose(
             if index < steps:
                 step = take_step(lr, x)
             else:
+                result.last_batch = x
                 if method.unit_norm:
                     components.normalise_()
                 with torch.no_grad():
@@ -375,7 +376,7 @@ def decompose(
                     bar.set_postfix({name: f"{row[name]:.2e}" for name in step.terms}, refresh=False)
             if bar is not None and index < steps:
                 bar.update()
-        state, result.last_batch = "finished", x
+        state = "finished"
     except KeyboardInterrupt:
         state, message = "interrupted", f"stopped by the user at step {index} of {steps}"
         raise
