@@ -55,6 +55,10 @@ def refuse(model: ComponentModel, method: APD) -> None:
         raise ValueError(f"{must} a target of {first.dtype}, got True; its kernels take float32, float16 and bfloat16")
     if method.topk is not None and method.selection == "exact":
         raise ValueError(f"{must} exact selection, got True; it reads how many inputs are active")
+    if ids := [site.name for site in model.sites if site.adapter.ids]:
+        raise ValueError(f"{must} an embedding, got True; which rows of {ids[0]} occur is read from the data")
+    if method.attribution_probes is not None and isinstance(model.chain, str):
+        raise ValueError(f"{must} random directions, got True; they are drawn anew, on the CPU, at every step")
     if method.simplicity and method.schatten == "exact":
         for name in model.components.multiplicity:
             if reasons := _why_no_kernel(model, method, name):

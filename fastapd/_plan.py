@@ -78,7 +78,7 @@ def _route(record: Record, method: APD | None, n_components: int) -> str:
         how = f"an unbiased estimate from {way.n_directions} random directions over {outputs}"
     else:
         how = f"exact, {way.n_directions} vector-Jacobian products, one for each of {outputs}"
-    return f"{how}; {way.chunk} at once, {way.n_bytes / 1e6:.3g} MB held"
+    return f"{how}; {way.chunk} at once, about {way.n_bytes / 1e6:.3g} MB held"
 
 
 def _start(model: ComponentModel, site: SiteChoice, widths: list[int]) -> str:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 CHUNK_BYTES = 1 << 28
-"""How much the gradients of the outputs that are taken at once may hold. What lies between the sites is not counted."""
+"""How much the gradients of the outputs that are taken at once may hold."""
+
+TEMPORARIES = 3
+"""So many gradients as wide as the widest site live beside those that are kept: a GELU's derivative takes three."""
 
 
 MANY = 4096
@@ -44,7 +47,8 @@ class Route(NamedTuple):
         n_outputs: Of one sample of the batch: all positions of a sequence that may depend on each other.
         n_directions: Vector-Jacobian products: as many as outputs, or as there are probes.
         chunk: How many of them at once.
-        n_bytes: What their gradients hold.
+        n_bytes: What their gradients hold, about, as far as the sites' widths tell. Where attributions are
+            differentiated, those of all chunks are kept for it.
         narrowed: Whether the outputs are those before the last, wide matrix, of the same length.
         estimate: Whether the directions are random, and the attributions an unbiased estimate.
     """
@@ -69,9 +73,11 @@ def route(record: Record, probes: int | None = None, n_components: int = 0) -> R
     n_outputs = math.prod(output.shape[_axes(record) :])
     estimate = probes is not None and probes < n_outputs
     n_directions = probes if estimate and probes is not None else n_outputs
-    rows = next(iter(record.outputs.values())).shape[:2].numel()
-    width = sum(y.shape[-1] for y in record.outputs.values())
-    each = rows * (width + n_components) * next(iter(record.outputs.values())).element_size()
+    some = next(iter(record.outputs.values()))
+    widths = [y.shape[-1] for y in record.outputs.values()]
+    inputs = [rows.shape[-1] for key, rows in record.inputs.items() if key not in record.uses]
+    width = sum(widths) + n_components + TEMPORARIES * max(*widths, *inputs)
+    each = some.shape[:2].numel() * width * some.element_size()
     chunk = max(1, min(n_directions, CHUNK_BYTES // max(each, 1)))
     return Route(n_outputs, n_directions, chunk, chunk * each, record.measured is not None, estimate)
 
@@ -227,6 +233,7 @@ def _gradient_squares(model: ComponentModel, record: Record, probes: int | None)
         xs, As, Bs = arguments
         part = attribution_reduce(xs, gs, As, Bs)
         total = part if total is None else total + part
+        del gradients, gs  # or two chunks would be held
     if total is None:  # no outputs
         return record.inputs[names[0]].new_zeros(*record.inputs[names[0]].shape[:2], model.components.n_components)
     return total / way.n_directions if way.estimate else total

@@ -444,6 +444,21 @@ def test_decompose_refuses_a_graph_of_the_exact_selection(graphs):
     _decompose(True, method=exact.model_copy(update={"topk": None}), steps=5)  # nothing is selected there
 
 
+def test_decompose_refuses_a_graph_of_what_is_read_or_drawn_at_every_step(graphs):
+    tokens = torch.randint(0, 5, (8,))
+    embedding = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3))
+    with pytest.raises(
+        ValueError, match=r"^decompose: cuda_graph must be False for an embedding, got True; which rows"
+    ):
+        decompose(embedding, [tokens], ["0"], 3, steps=5, device="cpu", cuda_graph=True)
+    no_chain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(-1))
+    probes = METHOD.model_copy(update={"attribution_probes": 2})
+    with pytest.raises(ValueError, match=r"^decompose: cuda_graph must be False for random directions, got True; they"):
+        decompose(no_chain, [torch.rand(8, 4)], ["0"], 3, method=probes, device="cpu", cuda_graph=True)
+    with pytest.raises(ValueError, match=r"^decompose: data must yield tensors with cuda_graph=True, got a dict"):
+        decompose(no_chain, [{"input": torch.rand(8, 4)}], ["0"], 3, steps=5, device="cpu", cuda_graph=True)
+
+
 @pytest.mark.skipif(not HAS_KERNELS, reason="no kernel is built")
 def test_decompose_refuses_a_graph_of_singular_values_that_no_kernel_takes(graphs):
     exact = METHOD.model_copy(update={"schatten": "exact"})

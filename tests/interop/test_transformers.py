@@ -65,3 +65,27 @@ def test_tied_embedding_and_head_of_gpt2(model, data):
     result = decompose(model, data, ["transformer.wte", "lm_head"], 6, steps=20, log_every=20)
     assert result.model.components.ties == {"lm_head": "transformer.wte"}
     assert result.history[-1]["faithfulness"] < result.history[0]["faithfulness"]
+
+
+@pytest.mark.parametrize("probes, chunk_bytes", [(None, 1 << 28), (None, 1 << 25), (32, 1 << 28)])
+def test_the_plan_says_what_the_gradients_of_gpt2_hold(probes, chunk_bytes, monkeypatch):
+    from torch.profiler import ProfilerActivity, profile
+
+    from fastapd import attributions
+
+    monkeypatch.setattr(attributions, "CHUNK_BYTES", chunk_bytes)
+    config: Any = GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=500, n_positions=32)
+    x = {"input_ids": torch.randint(0, 500, (4, 8))}
+    model = decompose(GPT2LMHeadModel(config), [x], MLPS, 20, rank=4, steps=1).model
+    record = model.record_target(x, differentiable=True)
+    said = attributions.route(record, probes, 20).n_bytes
+    assert said <= chunk_bytes
+    # as in a step: only the Lp form differentiates through attributions, and keeps the gradients of all chunks for it
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        attributions.gradient_attributions(model, record, probes=probes)
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert 0.8 * peak <= said <= 1.2 * peak
