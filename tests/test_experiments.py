@@ -39,6 +39,7 @@ NOT_IN_THE_PAPER = {
     "distil_from_target": False,
     "attribution_model": "target",
     "attribution_norm": False,
+    "attribution_probes": None,
     "schatten": "factored",
     "lp_sparsity": 0.0,
     "lp_p": 0.9,
