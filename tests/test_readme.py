@@ -27,8 +27,16 @@ def test_readme_example_runs_as_printed(tmp_path, monkeypatch):
     exec(found.group(1), names)  # noqa: S102  the README's own text
     assert names["y"].shape == (256, 8)
     assert (tmp_path / "runs" / "mlp" / "components.safetensors").exists()
-    history = names["pd"].history
-    assert history[-1]["total"] < history[0]["total"]
+    pd, model, x = names["pd"], names["model"], names["x"]
+    assert pd.history[-1]["total"] < 0.5 * pd.history[0]["total"]
+    torch.testing.assert_close(pd(x), model(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(names["y"], pd(x, active=[3, 17]))
+    scores = pd.metrics()
+    assert scores["faithfulness"] < 0.1
+    assert scores["reconstruction"] < scores["baselines"]["random"]["reconstruction"]
+    edited = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    edited.load_state_dict(names["weights"])
+    torch.testing.assert_close(edited[0].weight, model[0].weight - 2 * pd.parts("0")[0, 3].mT)
 
 
 def test_readme_loop_runs_as_printed():
