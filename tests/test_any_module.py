@@ -123,6 +123,16 @@ def test_decompose_takes_arguments_by_name():
         _decompose(model, [{"tokens": data[0]}], method=APD(topk=1.0, selection="exact"))
 
 
+def test_decomposition_of_a_sequence_model_runs_with_chosen_components():
+    model, x = _Language(), _tokens()
+    result = _decompose(model, [x], ["mlp", "embed"])
+    mask = torch.zeros(1, 20, 4)
+    mask[..., [1, 3]] = 1
+    for inputs in (x, {"tokens": x}):
+        torch.testing.assert_close(result(inputs, [1, 3]), result(x, mask))
+    assert (result(x, [1]) - result(x, [1, 3])).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("distance", ["mse", "kl", "callable"])
 @pytest.mark.parametrize("attribution", ["gradient", "activation", "ablation"])
 def test_decompose_of_sequences_lowers_the_loss(distance, attribution):
@@ -270,6 +280,8 @@ def test_decompose_of_frozen_parameters_is_that_of_others():
         ({"log_every": 0}, ValueError, r"^decompose: log_every must be a whole number of at least 1, got 0"),
         ({"method": APD(topk=5.0)}, ValueError, r"^decompose: method.topk must be at most 4, got 5"),
         ({"data": []}, ValueError, r"^decompose: data must yield batches, got none"),
+        ({"data": torch.zeros(8, 5)}, TypeError, r"^decompose: data must be batches .*, got a Tensor; pass \[data\]"),
+        ({"data": {"tokens": 1}}, TypeError, r"^decompose: data must be batches .*, got a dict; pass \[data\]"),
         ({"data": [3.0]}, TypeError, r"^decompose: data must yield tensors, tuples .*, got float"),
         ({"data": [{}]}, TypeError, r"^decompose: data must yield tensors, got a dict of nothing"),
         ({"data": [torch.rand(4, 5)], "targets": ["embed"]}, TypeError, r"^decompose: data must give embed whole num"),

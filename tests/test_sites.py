@@ -75,6 +75,8 @@ USES: dict[str, Any] = {
     "einsum": lambda x, W, b: torch.einsum("...i,io->...o", x, W) + b,
     "einsum of the matrix first": lambda x, W, b: torch.einsum("io, bpi -> bpo", W, x) + b,
     "einsum in another order": lambda x, W, b: torch.einsum("bpi,io->opb", x, W).permute(2, 1, 0) + b,
+    "einsum of a transpose": lambda x, W, b: torch.einsum("bpi,oi->bpo", x, W.T) + b,
+    "data": lambda x, W, b: x @ W.data + b,
     "cast": lambda x, W, b: x @ W.to(x.dtype).permute(1, 0).t() + b,
     "mm": lambda x, W, b: torch.mm(x.reshape(-1, W.shape[0]), W).view(*x.shape[:-1], W.size(1)) + b,
 }
@@ -119,6 +121,19 @@ class Same(nn.Module):
         return torch.relu(x @ self.W) @ self.W.T
 
 
+class Lookup(nn.Module):
+    """Rows of a parameter by number, in both ways of writing it, and the same matrix to read out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_E, self.W_pos = nn.Parameter(torch.randn(VOCABULARY, WIDTH)), nn.Parameter(torch.randn(POSITIONS, WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.W_E[ids] + self.W_pos)
+        x = x.cumsum(1) * self.W_E[ids, :] + F.embedding(ids, self.W_E)
+        return x @ self.W_E.T
+
+
 def _ids(batch: int = 2) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, POSITIONS))
 
@@ -137,6 +152,7 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "half of a tie": (lambda: Transformer(True), ["head"], _ids),
     "twice": (Twice, ["layer", "other"], _floats),
     "same matrix": (Same, ["a", "b"], _floats),
+    "lookup": (Lookup, ["W_E"], _ids),
     "both ways": (Same, ["W"], _floats),
     **{f"parameter by {use}": (lambda use=use: Matrices(use), ["W_*"], _floats) for use in USES},
 }
@@ -335,7 +351,7 @@ def test_sites_attributions_of_a_tied_embedding_are_those_of_the_jacobian_by_the
         torch.testing.assert_close(found[0, b], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways"])
+@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways", "lookup"])
 def test_sites_activation_attributions_follow_the_definition(name):
     target, patterns, x = _case(name)
     model = _model(target, patterns)
