@@ -348,3 +348,27 @@ def test_decompose_says_that_exact_attributions_of_long_sequences_are_many(monke
     monkeypatch.setattr(attributions, "MANY", 39)
     with pytest.warns(UserWarning, match=r"^decompose: exact attributions take 40 vector-Jacobian products a step"):
         _decompose(_Language(), [_tokens()], steps=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"topk": None, "lp_sparsity": 1e-3},
+        {"attribution_model": "components"},
+        {"selection": "sample", "topk": 2.0},
+        {"distil_from_target": True},
+        {"output_reconstruction": 1.0, "activation_reconstruction": 1.0},
+        {"attribution_norm": True},
+        {"unit_norm": True},
+        {"schatten": "exact"},
+    ],
+    ids=str,
+)
+def test_decompose_of_sequences_with_every_choice_becomes_more_faithful(changes):
+    torch.manual_seed(3)
+    method = APD(topk=1.0, simplicity=1e-3).model_copy(update=changes)
+    data = [_tokens() for _ in range(3)]
+    settings = {"method": method, "optimiser": OPTIMISER, "steps": 60, "log_every": 60}
+    history = _decompose(_Language(), data, ["mlp", "embed", "head"], 6, **settings).history
+    assert history[-1]["faithfulness"] < 0.7 * history[0]["faithfulness"]
+    assert all(math.isfinite(value) for value in history[-1].values() if isinstance(value, float))

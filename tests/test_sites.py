@@ -557,3 +557,25 @@ def test_sites_of_a_module_under_two_names_are_one():
     assert site.name == "0"
     record = _model(target, ["2"]).record_target(torch.randn(3, 4, dtype=torch.float64))
     assert list(record.inputs) == ["0", "0#2"] and math.isfinite(record.output.sum())
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways", "attention"])
+def test_sites_attributions_are_differentiable_in_the_components(name):
+    """As the Lp form needs them: by finite differences, through every use of a matrix."""
+    target, patterns, x = _case(name)
+    model = _model(target, patterns, 2)
+    weights = torch.rand(1, 2 * POSITIONS, 2, dtype=torch.float64)
+
+    def value() -> Tensor:
+        return (gradient_attributions(model, model.record_target(x, differentiable=True)) * weights).sum()
+
+    for parameter in model.components.parameters():
+        (gradient,) = torch.autograd.grad(value(), parameter)
+        direction, h = torch.randn_like(parameter), 1e-6
+        values = []
+        with torch.no_grad():
+            for step in (h, -2 * h, h):
+                parameter += step * direction
+                values.append(value())
+        expected = (values[0] - values[1]) / (2 * h)
+        torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-6, atol=1e-7)
