@@ -44,7 +44,7 @@ def _tokens() -> Tensor:
 
 
 def _decompose(model: nn.Module, data: Any, targets: Any = ("mlp",), C: Any = 4, **settings: Any) -> Decomposition:
-    settings = {"steps": 4, "log_every": 2, "method": APD(topk=1.0)} | settings
+    settings = {"steps": 4, "log_every": 2, "method": APD(topk=1.0), "device": "cpu"} | settings
     return decompose(model, data, targets, C, **settings)
 
 
@@ -67,7 +67,7 @@ def test_decompose_of_six_layers_with_mixed_nonlinearities_needs_no_settings():
     layers = [layer for k, act in enumerate(acts) for layer in (nn.Linear(widths[k], widths[k + 1]), act)]
     model = nn.Sequential(*layers)
     data = [torch.rand(64, 6) for _ in range(8)]
-    result = decompose(model, data, targets=["[02468]", "10"], C=8, steps=400)
+    result = decompose(model, data, targets=["[02468]", "10"], C=8, steps=400, device="cpu")
     assert len(result.model.sites) == 6
     assert "Wave" in result.model.plan(data[0]).reason or "mul" in result.model.plan(data[0]).reason
     assert result.score(data[0])["faithfulness_error"] < 1e-2
@@ -244,7 +244,7 @@ def test_decompose_device_of_the_model_stays():
     with pytest.raises(ValueError, match=r"^decompose: device must be 'auto' or a device of torch's, got 'gpu'"):
         _decompose(model, [torch.randn(8, 4)], ["0"], device="gpu")
     if not torch.cuda.is_available():
-        assert _decompose(model, [torch.randn(8, 4)], ["0"]).model.target is model
+        assert _decompose(model, [torch.randn(8, 4)], ["0"], device="auto").model.target is model
         with pytest.raises(ValueError, match=r"^decompose: device must be one that there is, got 'cuda'"):
             _decompose(model, [torch.randn(8, 4)], ["0"], device="cuda")
 
@@ -252,11 +252,12 @@ def test_decompose_device_of_the_model_stays():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_decompose_device_auto_takes_the_gpu_with_a_copy():
     model = _mlp()
-    result = _decompose(model, [torch.randn(8, 4)], ["0"])
+    result = _decompose(model, [torch.randn(8, 4)], ["0"], device="auto")
+    assert result(torch.randn(8, 4)).is_cuda
     assert result.model.target is not model and next(model.parameters()).device.type == "cpu"
     assert all(p.is_cuda for p in (*result.model.target.parameters(), *result.model.components.parameters()))
     on_gpu = copy.deepcopy(model).cuda()
-    assert _decompose(on_gpu, [torch.randn(8, 4)], ["0"]).model.target is on_gpu
+    assert _decompose(on_gpu, [torch.randn(8, 4)], ["0"], device="auto").model.target is on_gpu
 
 
 def test_decompose_of_frozen_parameters_is_that_of_others():
