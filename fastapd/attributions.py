@@ -191,6 +191,7 @@ def gradient_attributions(
 def _gradient_squares(model: ComponentModel, record: Record, probes: int | None) -> Float[Tensor, "I b C"]:
     if record.found is not None and (plan := model.plan(record.found.values[0])).form == "tangent":
         assert not isinstance(model.chain, str)
+        model.estimated = False
         rows = model.sites[0].to_instances
         return planning.attributions(plan, model.form(record.found), model.chain, record.found, model.components, rows)
     names = list(record.outputs)
