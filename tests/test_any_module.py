@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastapd import APD, DivergedError, Optimiser, _plan, attributions, decompose
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
+from fastapd.evaluation import evaluate
 from fastapd.model import ComponentModel, find_sites
 
 OPTIMISER = Optimiser(lr=1e-2, schedule="cosine")
@@ -373,3 +374,11 @@ def test_decompose_of_sequences_with_every_choice_becomes_more_faithful(changes)
     history = _decompose(_Language(), data, ["mlp", "embed", "head"], 6, **settings).history
     assert history[-1]["faithfulness"] < 0.7 * history[0]["faithfulness"]
     assert all(math.isfinite(value) for value in history[-1].values() if isinstance(value, float))
+
+
+def test_lp_weights_are_taken_over_all_outputs_that_a_sample_reaches():
+    model = _decompose(_Language(), [_tokens()], steps=1).model
+    x = _tokens()
+    step = evaluate(model, APD(topk=None, lp_sparsity=1.0, lp_p=2.0), x)
+    expected = step.attributions / (5 * 9)  # positions, and logits of each
+    torch.testing.assert_close(step.terms["lp_sparsity"], expected.sum(-1).mean(-1))
