@@ -186,7 +186,8 @@ def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any =
 
 
 def _getitem(m: Matrix, index: Any) -> Any:
-    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    if isinstance(index, tuple) and len(index) in (1, 2) and index[1:] in ((), (slice(None),), (...,)):
+        index = index[0]  # all of each row
     if not isinstance(index, Tensor) or index.dtype == torch.bool or index.is_floating_point():
         return NotImplemented
     return _embedding(index, m)
@@ -233,5 +234,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "adjoint": lambda m: _flip(m),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
-    **dict.fromkeys(("detach", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "clone"), _same),
+    **dict.fromkeys(
+        ("detach", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "clone", "data"), _same
+    ),
 }

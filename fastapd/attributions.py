@@ -90,6 +90,11 @@ def _axes(record: Record) -> int:
     return record.output.dim() - 1 if record.axes is None else record.axes
 
 
+def n_outputs(record: Record) -> int:
+    """How many outputs a sample reaches: those of its sequence where positions may depend on each other."""
+    return math.prod(record.output.shape[_axes(record) :])
+
+
 def output_gradients(record: Record) -> dict[str, Float[Tensor, "I b o d_out"]]:
     """Gradients of every output by the outputs of every site: one batched vector-Jacobian product a site.
 
@@ -162,6 +167,8 @@ def _gradients_of(
     if model.batched_gradients is None:
         try:
             found = _gradients(record, output, directions, keep=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             model.batched_gradients = False
         else:
@@ -196,13 +203,13 @@ def gradient_attributions(
         1/n_outputs.
     """
     squares = _gradient_squares(model, record, probes)
-    n_outputs = math.prod(record.output.shape[_axes(record) :])
-    return (squares / n_outputs).sqrt() if norm else squares
+    return (squares / n_outputs(record)).sqrt() if norm else squares
 
 
 def _gradient_squares(model: ComponentModel, record: Record, probes: int | None) -> Float[Tensor, "I b C"]:
     if record.found is not None and (plan := model.plan(record.found.values[0])).form == "tangent":
         assert not isinstance(model.chain, str)
+        model.estimated = False
         rows = model.sites[0].to_instances
         return planning.attributions(plan, model.form(record.found), model.chain, record.found, model.components, rows)
     names = list(record.outputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastapd import losses
-from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions
+from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions, n_outputs
 from fastapd.model import ComponentModel, Inputs, Record
 from fastapd.ops import Selection, batch_topk, sample_topk
 
@@ -170,7 +170,7 @@ def evaluate(
         terms["activation_reconstruction"] = losses.activation_reconstruction(masked.outputs, target.outputs, acts)
     weights: Tensor | None = None
     if method.lp_sparsity or (selection is None and method.simplicity):
-        weights = losses.lp_weights(attributions, output.shape[-1], method.lp_p)
+        weights = losses.lp_weights(attributions, n_outputs(target), method.lp_p)
         if method.lp_sparsity:
             terms["lp_sparsity"] = losses.lp_sparsity(weights)
     if method.simplicity:

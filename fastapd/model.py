@@ -107,6 +107,13 @@ class ComponentModel:
         of_target = self.sites[0].dtype
         return None if of_components == of_target else (of_components, of_target)
 
+    def _here(self, x: Inputs) -> Inputs:
+        """On the device of the components, which may be another than the caller's model is on."""
+        device = self._some.device
+        if isinstance(x, Tensor):
+            return x if x.device == device else x.to(device)
+        return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in x.items()}
+
     def probe_generator(self) -> torch.Generator:
         """The source of random directions; of a seed of its own unless one was set."""
         if self.probes is None:
@@ -177,7 +184,7 @@ class ComponentModel:
             mask = active.to(rows.dtype) if mixed is not None and active.is_floating_point() else active
             return component_forward(rows, A, B, mask.expand(-1, rows.shape[1], -1))
 
-        mixed = self.mixed
+        x, mixed = self._here(x), self.mixed
         through = Pass(self.components, mixed, compute)
         if mixed is not None and mixed[1] == torch.float16:
             through.scale.append(
@@ -221,7 +228,7 @@ class ComponentModel:
             of_components: Record the component model with all components on instead; its weights count as constants.
         """
         weights: dict[str, Tensor] = {}
-        mixed = self.mixed
+        x, mixed = self._here(x), self.mixed
 
         def compute(key: str, use: Use | None, rows: Tensor) -> Tensor:
             name = key if use is None else use.site

@@ -305,6 +305,10 @@ def decompose(
 
     method = method or APD(topk=1.0)
     optimiser = optimiser or Optimiser(lr=1e-3, schedule="cosine", warmup=0.05)
+    if isinstance(data, (Tensor, Mapping)):
+        raise TypeError(
+            f"decompose: data must be batches one after the other, got a {type(data).__name__}; pass [data]"
+        )
     _at_least_one(C=C, rank=rank, log_every=log_every)
     if method.topk is not None and method.topk > C - method.distil_from_target:
         raise ValueError(f"decompose: method.topk must be at most {C - method.distil_from_target}, got {method.topk}")

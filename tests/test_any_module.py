@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastapd import APD, DivergedError, Optimiser, _plan, attributions, decompose
 from fastapd.components import Components
 from fastapd.decomposition import Decomposition
+from fastapd.evaluation import evaluate
 from fastapd.model import ComponentModel, find_sites
 
 OPTIMISER = Optimiser(lr=1e-2, schedule="cosine")
@@ -44,7 +45,7 @@ def _tokens() -> Tensor:
 
 
 def _decompose(model: nn.Module, data: Any, targets: Any = ("mlp",), C: Any = 4, **settings: Any) -> Decomposition:
-    settings = {"steps": 4, "log_every": 2, "method": APD(topk=1.0)} | settings
+    settings = {"steps": 4, "log_every": 2, "method": APD(topk=1.0), "device": "cpu"} | settings
     return decompose(model, data, targets, C, **settings)
 
 
@@ -67,7 +68,7 @@ def test_decompose_of_six_layers_with_mixed_nonlinearities_needs_no_settings():
     layers = [layer for k, act in enumerate(acts) for layer in (nn.Linear(widths[k], widths[k + 1]), act)]
     model = nn.Sequential(*layers)
     data = [torch.rand(64, 6) for _ in range(8)]
-    result = decompose(model, data, targets=["[02468]", "10"], C=8, steps=400)
+    result = decompose(model, data, targets=["[02468]", "10"], C=8, steps=400, device="cpu")
     assert len(result.model.sites) == 6
     assert "Wave" in result.model.plan(data[0]).reason or "mul" in result.model.plan(data[0]).reason
     assert result.score(data[0])["faithfulness_error"] < 1e-2
@@ -121,6 +122,16 @@ def test_decompose_takes_arguments_by_name():
     assert _timeless(_decompose(model, [({"tokens": t}, "label") for t in data]).history) == expected
     with pytest.raises(TypeError, match=r"^decompose: data must yield tensors for the exact selection, got a dict"):
         _decompose(model, [{"tokens": data[0]}], method=APD(topk=1.0, selection="exact"))
+
+
+def test_decomposition_of_a_sequence_model_runs_with_chosen_components():
+    model, x = _Language(), _tokens()
+    result = _decompose(model, [x], ["mlp", "embed"])
+    mask = torch.zeros(1, 20, 4)
+    mask[..., [1, 3]] = 1
+    for inputs in (x, {"tokens": x}):
+        torch.testing.assert_close(result(inputs, [1, 3]), result(x, mask))
+    assert (result(x, [1]) - result(x, [1, 3])).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("distance", ["mse", "kl", "callable"])
@@ -234,7 +245,7 @@ def test_decompose_device_of_the_model_stays():
     with pytest.raises(ValueError, match=r"^decompose: device must be 'auto' or a device of torch's, got 'gpu'"):
         _decompose(model, [torch.randn(8, 4)], ["0"], device="gpu")
     if not torch.cuda.is_available():
-        assert _decompose(model, [torch.randn(8, 4)], ["0"]).model.target is model
+        assert _decompose(model, [torch.randn(8, 4)], ["0"], device="auto").model.target is model
         with pytest.raises(ValueError, match=r"^decompose: device must be one that there is, got 'cuda'"):
             _decompose(model, [torch.randn(8, 4)], ["0"], device="cuda")
 
@@ -242,11 +253,12 @@ def test_decompose_device_of_the_model_stays():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_decompose_device_auto_takes_the_gpu_with_a_copy():
     model = _mlp()
-    result = _decompose(model, [torch.randn(8, 4)], ["0"])
+    result = _decompose(model, [torch.randn(8, 4)], ["0"], device="auto")
+    assert result(torch.randn(8, 4)).is_cuda
     assert result.model.target is not model and next(model.parameters()).device.type == "cpu"
     assert all(p.is_cuda for p in (*result.model.target.parameters(), *result.model.components.parameters()))
     on_gpu = copy.deepcopy(model).cuda()
-    assert _decompose(on_gpu, [torch.randn(8, 4)], ["0"]).model.target is on_gpu
+    assert _decompose(on_gpu, [torch.randn(8, 4)], ["0"], device="auto").model.target is on_gpu
 
 
 def test_decompose_of_frozen_parameters_is_that_of_others():
@@ -270,6 +282,8 @@ def test_decompose_of_frozen_parameters_is_that_of_others():
         ({"log_every": 0}, ValueError, r"^decompose: log_every must be a whole number of at least 1, got 0"),
         ({"method": APD(topk=5.0)}, ValueError, r"^decompose: method.topk must be at most 4, got 5"),
         ({"data": []}, ValueError, r"^decompose: data must yield batches, got none"),
+        ({"data": torch.zeros(8, 5)}, TypeError, r"^decompose: data must be batches .*, got a Tensor; pass \[data\]"),
+        ({"data": {"tokens": 1}}, TypeError, r"^decompose: data must be batches .*, got a dict; pass \[data\]"),
         ({"data": [3.0]}, TypeError, r"^decompose: data must yield tensors, tuples .*, got float"),
         ({"data": [{}]}, TypeError, r"^decompose: data must yield tensors, got a dict of nothing"),
         ({"data": [torch.rand(4, 5)], "targets": ["embed"]}, TypeError, r"^decompose: data must give embed whole num"),
@@ -336,3 +350,35 @@ def test_decompose_says_that_exact_attributions_of_long_sequences_are_many(monke
     monkeypatch.setattr(attributions, "MANY", 39)
     with pytest.warns(UserWarning, match=r"^decompose: exact attributions take 40 vector-Jacobian products a step"):
         _decompose(_Language(), [_tokens()], steps=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"topk": None, "lp_sparsity": 1e-3},
+        {"attribution_model": "components"},
+        {"selection": "sample", "topk": 2.0},
+        {"distil_from_target": True},
+        {"output_reconstruction": 1.0, "activation_reconstruction": 1.0},
+        {"attribution_norm": True},
+        {"unit_norm": True},
+        {"schatten": "exact"},
+    ],
+    ids=str,
+)
+def test_decompose_of_sequences_with_every_choice_becomes_more_faithful(changes):
+    torch.manual_seed(3)
+    method = APD(topk=1.0, simplicity=1e-3).model_copy(update=changes)
+    data = [_tokens() for _ in range(3)]
+    settings = {"method": method, "optimiser": OPTIMISER, "steps": 60, "log_every": 60}
+    history = _decompose(_Language(), data, ["mlp", "embed", "head"], 6, **settings).history
+    assert history[-1]["faithfulness"] < 0.7 * history[0]["faithfulness"]
+    assert all(math.isfinite(value) for value in history[-1].values() if isinstance(value, float))
+
+
+def test_lp_weights_are_taken_over_all_outputs_that_a_sample_reaches():
+    model = _decompose(_Language(), [_tokens()], steps=1).model
+    x = _tokens()
+    step = evaluate(model, APD(topk=None, lp_sparsity=1.0, lp_p=2.0), x)
+    expected = step.attributions / (5 * 9)  # positions, and logits of each
+    torch.testing.assert_close(step.terms["lp_sparsity"], expected.sum(-1).mean(-1))

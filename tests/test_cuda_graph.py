@@ -352,7 +352,15 @@ EXACT = Optimiser(lr=2**-6, schedule="linear")
 
 def _decompose(graph: bool, data: Any = None, target: nn.Module | None = None, **settings: Any) -> Any:
     model = cases.model("tms")
-    settings = {"method": METHOD, "optimiser": EXACT, "steps": 32, "log_every": 1, "rank": 2, "seed": 3} | settings
+    settings = {
+        "method": METHOD,
+        "optimiser": EXACT,
+        "steps": 32,
+        "log_every": 1,
+        "rank": 2,
+        "seed": 3,
+        "device": "cpu",
+    } | settings
     data = cases.batches("tms") if data is None else data
     return decompose(target or model.target, data, ["linear*"], 4, cuda_graph=graph, **settings)
 

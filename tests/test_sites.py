@@ -75,6 +75,8 @@ USES: dict[str, Any] = {
     "einsum": lambda x, W, b: torch.einsum("...i,io->...o", x, W) + b,
     "einsum of the matrix first": lambda x, W, b: torch.einsum("io, bpi -> bpo", W, x) + b,
     "einsum in another order": lambda x, W, b: torch.einsum("bpi,io->opb", x, W).permute(2, 1, 0) + b,
+    "einsum of a transpose": lambda x, W, b: torch.einsum("bpi,oi->bpo", x, W.T) + b,
+    "data": lambda x, W, b: x @ W.data + b,
     "cast": lambda x, W, b: x @ W.to(x.dtype).permute(1, 0).t() + b,
     "mm": lambda x, W, b: torch.mm(x.reshape(-1, W.shape[0]), W).view(*x.shape[:-1], W.size(1)) + b,
 }
@@ -119,6 +121,19 @@ class Same(nn.Module):
         return torch.relu(x @ self.W) @ self.W.T
 
 
+class Lookup(nn.Module):
+    """Rows of a parameter by number, in both ways of writing it, and the same matrix to read out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_E, self.W_pos = nn.Parameter(torch.randn(VOCABULARY, WIDTH)), nn.Parameter(torch.randn(POSITIONS, WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.W_E[ids] + self.W_pos)
+        x = x.cumsum(1) * self.W_E[ids, :] + F.embedding(ids, self.W_E)
+        return x @ self.W_E.T
+
+
 def _ids(batch: int = 2) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, POSITIONS))
 
@@ -137,6 +152,7 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "half of a tie": (lambda: Transformer(True), ["head"], _ids),
     "twice": (Twice, ["layer", "other"], _floats),
     "same matrix": (Same, ["a", "b"], _floats),
+    "lookup": (Lookup, ["W_E"], _ids),
     "both ways": (Same, ["W"], _floats),
     **{f"parameter by {use}": (lambda use=use: Matrices(use), ["W_*"], _floats) for use in USES},
 }
@@ -335,7 +351,7 @@ def test_sites_attributions_of_a_tied_embedding_are_those_of_the_jacobian_by_the
         torch.testing.assert_close(found[0, b], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways"])
+@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways", "lookup"])
 def test_sites_activation_attributions_follow_the_definition(name):
     target, patterns, x = _case(name)
     model = _model(target, patterns)
@@ -541,3 +557,25 @@ def test_sites_of_a_module_under_two_names_are_one():
     assert site.name == "0"
     record = _model(target, ["2"]).record_target(torch.randn(3, 4, dtype=torch.float64))
     assert list(record.inputs) == ["0", "0#2"] and math.isfinite(record.output.sum())
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied head", "twice", "both ways", "attention"])
+def test_sites_attributions_are_differentiable_in_the_components(name):
+    """As the Lp form needs them: by finite differences, through every use of a matrix."""
+    target, patterns, x = _case(name)
+    model = _model(target, patterns, 2)
+    weights = torch.rand(1, 2 * POSITIONS, 2, dtype=torch.float64)
+
+    def value() -> Tensor:
+        return (gradient_attributions(model, model.record_target(x, differentiable=True)) * weights).sum()
+
+    for parameter in model.components.parameters():
+        (gradient,) = torch.autograd.grad(value(), parameter)
+        direction, h = torch.randn_like(parameter), 1e-6
+        values = []
+        with torch.no_grad():
+            for step in (h, -2 * h, h):
+                parameter += step * direction
+                values.append(value())
+        expected = (values[0] - values[1]) / (2 * h)
+        torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-6, atol=1e-7)

@@ -51,7 +51,14 @@ def _model(target: nn.Module | None = None, patterns: tuple[str, ...] = ("linear
 
 
 def _decompose(target: nn.Module | None = None, data: Any = None, **settings: Any) -> Decomposition:
-    settings = {"method": METHOD, "optimiser": OPTIMISER, "steps": 10, "log_every": 1, "rank": 2} | settings
+    settings = {
+        "method": METHOD,
+        "optimiser": OPTIMISER,
+        "steps": 10,
+        "log_every": 1,
+        "rank": 2,
+        "device": "cpu",
+    } | settings
     return decompose(target or _tms(), _data() if data is None else data, ["linear*"], 3, **settings)
 
 
@@ -310,7 +317,7 @@ def test_learning_rate_of_a_single_step_is_finite(schedule, warmup):
 
 
 def test_decompose_lowers_the_loss_of_tms():
-    history = _decompose(steps=300, log_every=300).history
+    history = _decompose(steps=300, log_every=300, device="cpu").history
     assert [row["step"] for row in history] == [0, 300]
     assert history[-1]["total"] < 0.5 * history[0]["total"]
     assert history[-1]["faithfulness"] < 0.1 * history[0]["faithfulness"]
@@ -320,7 +327,9 @@ def test_decompose_of_an_mlp_without_instances_becomes_faithful():
     target = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     data = [torch.randn(16, 4) for _ in range(8)]
     method = METHOD.model_copy(update={"simplicity": 0.0, "minimality": 0.1})
-    result = decompose(target, data, ["0", "2"], 4, method=method, optimiser=OPTIMISER, steps=300, log_every=300)
+    result = decompose(
+        target, data, ["0", "2"], 4, method=method, optimiser=OPTIMISER, steps=300, log_every=300, device="cpu"
+    )
     first, last = result.history[0]["faithfulness"], result.history[-1]["faithfulness"]
     assert last < 0.01 * first
     x = torch.randn(9, 4)

@@ -36,7 +36,7 @@ def test_mlps_of_gpt2_are_decomposed(model, data, probes):
     before = copy.deepcopy(model.state_dict())
     method = APD(topk=4.0, distance="kl", attribution_probes=probes, simplicity=0.1)
     optimiser = Optimiser(lr=5e-3, schedule="cosine")
-    result = decompose(model, data, MLPS, 12, method=method, optimiser=optimiser, steps=150, log_every=50)
+    result = decompose(model, data, MLPS, 12, method=method, optimiser=optimiser, steps=150, log_every=50, device="cpu")
     first, last = result.history[0], result.history[-1]
     assert last["total"] < 0.5 * first["total"] and last["faithfulness"] < 0.5 * first["faithfulness"]
     assert result.model.target is model and model.training
@@ -52,7 +52,7 @@ def test_attributions_do_not_depend_on_where_the_output_is_taken(model, data):
     """The head is wider than what it gets: gradients before it, and of the logits themselves."""
     from fastapd.attributions import gradient_attributions
 
-    result = decompose(model.double(), data, MLPS, 5, rank=3, steps=1)
+    result = decompose(model.double(), data, MLPS, 5, rank=3, steps=1, device="cpu")
     record = result.model.record_target(data[0], differentiable=True)
     assert record.measured is not None
     found = gradient_attributions(result.model, record)
@@ -62,7 +62,7 @@ def test_attributions_do_not_depend_on_where_the_output_is_taken(model, data):
 
 
 def test_tied_embedding_and_head_of_gpt2(model, data):
-    result = decompose(model, data, ["transformer.wte", "lm_head"], 6, steps=20, log_every=20)
+    result = decompose(model, data, ["transformer.wte", "lm_head"], 6, steps=20, log_every=20, device="cpu")
     assert result.model.components.ties == {"lm_head": "transformer.wte"}
     assert result.history[-1]["faithfulness"] < result.history[0]["faithfulness"]
 
@@ -76,7 +76,7 @@ def test_the_plan_says_what_the_gradients_of_gpt2_hold(probes, chunk_bytes, monk
     monkeypatch.setattr(attributions, "CHUNK_BYTES", chunk_bytes)
     config: Any = GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=500, n_positions=32)
     x = {"input_ids": torch.randint(0, 500, (4, 8))}
-    model = decompose(GPT2LMHeadModel(config), [x], MLPS, 20, rank=4, steps=1).model
+    model = decompose(GPT2LMHeadModel(config), [x], MLPS, 20, rank=4, steps=1, device="cpu").model
     record = model.record_target(x, differentiable=True)
     said = attributions.route(record, probes, 20).n_bytes
     assert said <= chunk_bytes
