@@ -1,6 +1,8 @@
 """The research code's `optimize` against itself under `fastapd.compat.apd.patch()`, in one run on one thread.
 
-    FASTAPD_APD_REPO=<checkout of ApolloResearch/apd> python bench/drop_in.py [case ...] [--steps N]
+    FASTAPD_APD_REPO=<checkout of ApolloResearch/apd> python bench/drop_in.py [case ...] [--steps N] [--save]
+
+`--save` keeps the figures in `bench/results/drop_in.json` and writes them into the table of `docs/drop-in.md`.
 
 Both start from the same models and seed, and what they print at the first and the last step is asserted to agree before
 a ratio is printed. A step is the CPU time between two batches that the loop asks for; the median leaves out the first
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import statistics
 import sys
@@ -135,11 +138,53 @@ def _numbers(lines: list[str]) -> list[float]:
     return [float(n) for line in lines for n in re.findall(r"-?\d+\.\d+(?:e[-+]?\d+)?", line)]
 
 
+RESULTS, GUIDE = (Path(__file__).parent.parent / name for name in ("bench/results/drop_in.json", "docs/drop-in.md"))
+TITLES = {
+    "tms_40-10": "TMS 40-10, n 3, C 40, batch 2048",
+    "resid_m50": "residual MLP, 1 layer, C 130, m 50, batch 256",
+    "resid_m4": "the same, m 4",
+}
+
+
+def table(kept: dict[str, Any]) -> str:
+    """What the guide says of kept results."""
+    lines = [
+        f"On one thread of an {kept['machine']} (float32, torch {kept['torch']}), in CPU time of the median step:",
+        "",
+    ]
+    lines += ["| setting | research code | patched | ratio | goal |", "|---|---|---|---|---|"]
+    for name, row in kept["rows"].items():
+        theirs, ours = row["research_code_ms"], row["patched_ms"]
+        lines.append(f"| {TITLES[name]} | {theirs:.0f} ms | {ours:.3g} ms | {theirs / ours:.3g}x | {row['goal']:g}x |")
+    return "\n".join(lines)
+
+
+def guide(text: str, kept: dict[str, Any]) -> str:
+    """The guide's text with the table of these results."""
+    begin, end = "<!-- speed -->\n", "\n<!-- /speed -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{table(kept)}{end}{rest.partition(end)[2]}"
+
+
+def save(rows: dict[str, Any]) -> None:
+    from fastapd._rundir import environment
+
+    found = environment()
+    kept = {"machine": found["cpu"], "threads": 1, "torch": torch.__version__, "rows": rows}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    GUIDE.write_text(guide(GUIDE.read_text(), kept))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(RUNS)}; all without one")
     parser.add_argument("--steps", type=int, default=6, help="steps of the research code; fastapd takes as many")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the figures, of all cases, and write them into the guide"
+    )
     arguments = parser.parse_args()
+    if arguments.save and arguments.cases:
+        parser.error("--save keeps all cases; name none")
     if unknown := set(arguments.cases) - RUNS.keys():
         parser.error(f"cases must be of {', '.join(RUNS)}, got {', '.join(sorted(unknown))}")
     if (reason := apd.why_not()) is not None:
@@ -149,6 +194,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     modules = apd._modules()
+    rows: dict[str, Any] = {}
     print(f"{'case':12} {'research code':>14} {'patched':>10} {'ratio':>8} {'goal':>6}   losses apart")
     for name in arguments.cases or RUNS:
         run = RUNS[name]
@@ -161,7 +207,10 @@ def main() -> int:
         apart = max(abs(x - y) / max(abs(y), 1e-12) for x, y in zip(a, b, strict=True))
         assert apart < 1e-4, f"{name}: losses are {apart:.1e} apart"
         ratio = f"{theirs / ours:.1f}x"
+        rows[name] = {"research_code_ms": theirs * 1e3, "patched_ms": ours * 1e3, "goal": run.goal, "apart": apart}
         print(f"{name:12} {theirs * 1e3:11.0f} ms {ours * 1e3:7.1f} ms {ratio:>8} {run.goal:5.0f}x   {apart:.0e}")
+    if arguments.save:
+        save(rows)
     return 0
 
 

@@ -38,7 +38,6 @@ def _small(name: str = "tms_5-2", target: dict[str, Any] | None = None, **change
 NOT_IN_THE_PAPER = {
     "distil_from_target": False,
     "attribution_model": "target",
-    "attribution_probes": None,
     "attribution_norm": False,
     "attribution_probes": None,
     "schatten": "factored",

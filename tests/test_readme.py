@@ -123,3 +123,13 @@ def test_gotchas_say_what_the_code_does():
 def test_a_sample_may_have_many_components_or_none():
     scores = torch.tensor([[3.0, 2.0], [0.5, 0.1]])
     assert fastapd.functional.batch_topk_mask(scores, 1.0).sum(-1).tolist() == [2, 0]
+
+
+def test_readme_guide_to_the_drop_in_has_the_committed_figures():
+    script = (
+        f"import json, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom bench import drop_in\n"
+        "kept = json.loads(drop_in.RESULTS.read_text())\ntext = drop_in.GUIDE.read_text()\n"
+        "assert kept['rows'].keys() == drop_in.RUNS.keys()\nassert drop_in.guide(text, kept) == text"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
