@@ -335,7 +335,7 @@ def _interrupted(process: subprocess.Popen[str], ready: Path) -> str:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=60)[1]
+        return process.communicate(timeout=300)[1]
     finally:
         process.kill()
 
