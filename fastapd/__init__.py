@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastapd import functional as functional
     from fastapd import nn as nn
     from fastapd import ops as ops
+    from fastapd import trackers as trackers
     from fastapd._precision import use_precision as use_precision
     from fastapd.backends import explain as explain
     from fastapd.backends import use_backend as use_backend
@@ -37,6 +38,7 @@ _WHERE = {
     "functional": "",
     "nn": "",
     "ops": "",
+    "trackers": "",
     "use_backend": "fastapd.backends",
     "use_precision": "fastapd._precision",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "functional",
     "nn",
     "ops",
+    "trackers",
     "use_backend",
     "use_precision",
 ]

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Row", "Sink", "numbers", "tensorboard", "wandb"]
+
 Row = Mapping[str, Any]
 Sink = Callable[[Row], object]
 

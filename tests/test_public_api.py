@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import importlib
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ NAMES = [
     "functional",
     "nn",
     "ops",
+    "trackers",
     "use_backend",
     "use_precision",
 ]
@@ -68,6 +70,42 @@ FUNCTIONAL = [
     "topk_mask",
     "unit_norm_",
 ]
+DECOMPOSITION = [
+    "ablate",
+    "ablation_losses",
+    "attributions",
+    "directions",
+    "edited",
+    "effective_rank",
+    "forward",
+    "from_factors",
+    "from_matrices",
+    "from_svd",
+    "last_batch",
+    "load",
+    "made",
+    "match",
+    "metrics",
+    "parts",
+    "path_effect",
+    "save",
+    "score",
+    "select",
+    "similarity",
+    "spectra",
+    "state_dict",
+]
+DROP_IN = [
+    "Config",
+    "ResidualMLPTaskConfig",
+    "TMSTaskConfig",
+    "load_components",
+    "load_target",
+    "optimize",
+    "patch",
+    "unpatch",
+]
+TRACKERS = ["Row", "Sink", "numbers", "tensorboard", "wandb"]
 LAYERS = ["LinearComponents", "TransposedLinearComponents"]
 HEAVY = ("torch", "matplotlib", "triton", "numpy", "scipy", "pydantic", "yaml", "safetensors", "tqdm", "tyro",
          "jaxtyping")  # fmt: skip
@@ -93,6 +131,9 @@ def test_public_names_are_pinned():
     assert fastapd.__all__ == NAMES == dir(fastapd)
     assert ops.__all__ == OPS
     public = {name for name in vars(ops) if not name.startswith("_")}
+    assert [name for name in dir(fastapd.Decomposition) if not name.startswith("_")] == DECOMPOSITION
+    assert importlib.import_module("fastapd.compat.apd").__all__ == DROP_IN
+    assert fastapd.trackers.__all__ == TRACKERS
     assert public == set(OPS)
     assert functional.__all__ == FUNCTIONAL
     assert {name for name in vars(functional) if not name.startswith("_")} == set(FUNCTIONAL)
