@@ -12,7 +12,7 @@ def scheduled(step: int, steps: int, lr: float, schedule: str, warmup: float, ha
         return lr * step / n_warmup
     s, S = step - n_warmup, steps - n_warmup
     if schedule == "linear":
-        return lr * (1 - s / S)
+        return lr * (1 - s / S) if S else lr
     if schedule == "cosine":
         return lr * (math.cos(0.5 * math.pi * s / (S - 1)) if S > 1 else 1.0)
     if schedule == "exponential":

@@ -246,6 +246,18 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         """
         return _masks.run(self.model, x, _masks.parse(self.model, active, residual, self._always_on, "active"))
 
+    def plan(self, x: Any) -> str:
+        """How a step on a batch like x takes its attributions, and what that costs: what `fastapd plan` prints.
+
+        After `decompose(.., steps=0)` it tells before a run what the run will hold in memory.
+
+        Args:
+            x: The target's input; only its shape matters.
+        """
+        from fastapd import _plan
+
+        return "\n".join(_plan.describe(self.model, x, self.method))
+
     def parts(self, layer: str) -> Float[Tensor, "I C d_in d_out"]:
         """Each component's own matrix in a layer, detached."""
         self._known(layer)

@@ -393,11 +393,11 @@ def decompose(
     finally:
         if bar is not None:
             bar.close()
-        if close := getattr(track, "close", None):
-            close()
         if run is not None:
             result.save(run)
             run.set_status(state, index, steps, message)  # type: ignore[arg-type]
             if run is not out:
                 run.close()
+        if close := getattr(track, "close", None):
+            close()
     return result

@@ -382,3 +382,14 @@ def test_lp_weights_are_taken_over_all_outputs_that_a_sample_reaches():
     step = evaluate(model, APD(topk=None, lp_sparsity=1.0, lp_p=2.0), x)
     expected = step.attributions / (5 * 9)  # positions, and logits of each
     torch.testing.assert_close(step.terms["lp_sparsity"], expected.sum(-1).mean(-1))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_decompose_without_a_step_says_what_a_step_would_take(schedule):
+    model = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3))
+    optimiser = Optimiser(lr=1e-3, schedule=schedule)
+    result = decompose(model, [torch.rand(16, 5)], ["0", "2"], 4, steps=0, optimiser=optimiser)
+    assert [row["step"] for row in result.history] == [0]
+    text = result.plan(torch.rand(16, 5))
+    assert "sizes          1 instances, batch 16, C 4" in text
+    assert "GFLOP a batch" in text

@@ -88,6 +88,7 @@ DECOMPOSITION = [
     "metrics",
     "parts",
     "path_effect",
+    "plan",
     "save",
     "score",
     "select",
