@@ -62,9 +62,62 @@ def test_attributions_do_not_depend_on_where_the_output_is_taken(model, data):
 
 
 def test_tied_embedding_and_head_of_gpt2(model, data):
-    result = decompose(model, data, ["transformer.wte", "lm_head"], 6, steps=20, log_every=20, device="cpu")
+    method = APD(topk=4.0, distance="kl", attribution_probes=8, simplicity=0.0)
+    optimiser = Optimiser(lr=1e-2, schedule="cosine")
+    held = model.transformer.wte.weight.detach().clone()
+    layers = ["transformer.wte", "lm_head"]
+    settings: dict[str, Any] = {"method": method, "optimiser": optimiser, "steps": 60, "log_every": 60}
+    result = decompose(model, data, layers, 6, device="cpu", **settings)
     assert result.model.components.ties == {"lm_head": "transformer.wte"}
-    assert result.history[-1]["faithfulness"] < result.history[0]["faithfulness"]
+    assert result.history[-1]["faithfulness"] < 0.5 * result.history[0]["faithfulness"]
+    # one matrix in two places: the head's is the transpose, and so are its components
+    torch.testing.assert_close(result.parts("lm_head"), result.parts("transformer.wte").mT, rtol=0, atol=0)
+    assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(model.lm_head.weight, held)
+    x = {"input_ids": data[0]["input_ids"]}
+    torch.testing.assert_close(
+        result(x, active=torch.ones(6), residual=True), model.eval()(**x).logits.detach(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_tied_embedding_and_head_of_gpt2_are_edited_as_one(model, data):
+    result = decompose(model, data, ["transformer.wte", "lm_head"], 6, rank=3, steps=1)
+    scale, weights = {0: 0.0, 4: -2.0}, torch.tensor([0.0, 1.0, 1.0, 1.0, -2.0, 1.0])
+    state = result.state_dict(scale=scale)
+    assert set(state) == set(model.state_dict())
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+    new: Any = GPT2LMHeadModel(model.config)
+    loaded = new.load_state_dict(state, strict=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    assert new.lm_head.weight is new.transformer.wte.weight  # still tied
+    parts = result.parts("transformer.wte")[0]
+    expected = model.transformer.wte.weight.detach() - parts[0] - 3 * parts[4]
+    torch.testing.assert_close(new.transformer.wte.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+    x = {"input_ids": data[0]["input_ids"]}
+    found = new.eval()(**x).logits.detach()
+    torch.testing.assert_close(found, result(x, active=weights, residual=True), rtol=1e-4, atol=1e-5)
+    assert (found - model.eval()(**x).logits).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"name layers among transformer\.wte, got \['lm_head'\]"):
+        result.state_dict(scale={"lm_head": {0: 0.0}})
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "save_pretrained"])
+def test_edited_mlps_are_loaded_by_the_class_of_hugging_face(model, data, how, tmp_path):
+    result = decompose(model, data, MLPS, 6, rank=3, steps=20)
+    scale, weights = {"transformer.h.1.mlp.c_proj": {2: 0.0}}, 1.0 - torch.eye(6)[2]
+    if how == "load_state_dict":
+        new: Any = GPT2LMHeadModel(model.config)
+        new.load_state_dict(result.state_dict(scale=scale), strict=True)
+    else:
+        edited: Any = result.edited(scale)
+        edited.save_pretrained(tmp_path)
+        new = GPT2LMHeadModel.from_pretrained(tmp_path)
+    x = {"input_ids": data[0]["input_ids"]}
+    found = new.eval()(**x).logits.detach()
+    said = result(x, active={"transformer.h.1.mlp.c_proj": weights}, residual=True)
+    torch.testing.assert_close(found, said, rtol=1e-4, atol=1e-5)
+    assert (found - model.eval()(**x).logits).abs().max() > 1e-3
+    own, its = model.state_dict(), new.state_dict()
+    assert {name for name in own if not torch.equal(own[name], its[name])} == {"transformer.h.1.mlp.c_proj.weight"}
 
 
 @pytest.mark.parametrize("probes, chunk_bytes", [(None, 1 << 28), (None, 1 << 25), (32, 1 << 28)])
