@@ -26,6 +26,7 @@ class Method:
     attribution_model: str = "target"
     attribution_norm: bool = False
     attribution_probes: int | None = None
+    attribution_refined: int | None = None
     faithfulness: float = 1.0
     minimality: float = 1.0
     simplicity: float = 1.0

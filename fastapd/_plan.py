@@ -6,6 +6,7 @@ import torch
 
 from fastapd import attributions, backends
 from fastapd._random import stream
+from fastapd._refined import passes
 from fastapd.components import Components
 from fastapd.config import APD, RunConfig
 from fastapd.experiments import targets
@@ -53,6 +54,10 @@ def describe(model: ComponentModel, x: Inputs, method: APD | None = None) -> lis
     )
     if plan.form == "reverse":
         out.append(f"gradients      {_route(record, method, components.n_components)}")
+        if method is not None and method.attribution_refined is not None and "estimate" in out[-1]:
+            n = min(method.attribution_refined, components.n_components)
+            by = f"{passes(model, x, samples, n)} directional derivatives"
+            out.append(f"refined        the {n} largest of each sample, exactly, by {by}")
     if plan.costs:
         rows = [
             (form, f"{cost.flops / 1e9:.3g}", f"{cost.n_bytes / 1e6:.3g}", "chosen" if form == plan.form else "")

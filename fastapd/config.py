@@ -89,6 +89,9 @@ class APD(_Model):
         default=None,
         description="gradient attributions may be estimated from so many random directions (>= 1); none: exact",
     )
+    attribution_refined: _Count | None = Field(
+        default=None, description="of estimated attributions, so many of each sample are computed exactly (>= 1)"
+    )
     attribution_norm: bool = Field(
         default=False, strict=True, description="report sqrt(mean over outputs), as the paper"
     )
@@ -121,6 +124,22 @@ class APD(_Model):
         if selection == "sample" and topk is not None and not topk.is_integer():
             raise _house("be a whole number when selection is 'sample'", topk, key="topk")
         return selection
+
+    @pydantic.field_validator("attribution_refined")
+    @classmethod
+    def _refines_an_estimate(cls, refined: int | None, info: ValidationInfo) -> int | None:
+        if refined is not None and "attribution_probes" in info.data and info.data["attribution_probes"] is None:
+            raise _house("be left out when attribution_probes is none: they are exact", refined)
+        if refined is not None and "topk" in info.data and info.data["topk"] is None:
+            raise _house("be left out when topk is none, whose attributions are differentiated", refined)
+        return refined
+
+    @pydantic.field_validator("lp_sparsity")
+    @classmethod
+    def _refined_has_no_gradient(cls, lp_sparsity: float, info: ValidationInfo) -> float:
+        if lp_sparsity and info.data.get("attribution_refined") is not None:
+            raise _house("be 0 when attribution_refined is given, whose values have no gradient", lp_sparsity)
+        return lp_sparsity
 
     @pydantic.field_validator("schatten")
     @classmethod

@@ -272,6 +272,15 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
             return f"training, {self.history[-1].get('step', '?')} steps"
         return self._made or "given components"
 
+    @property
+    def _attributed(self) -> str:
+        """How components are attributed, and whether that was an estimate."""
+        method = self.method
+        if not self.model.estimated:
+            return f"{method.attribution} attributions"
+        refined = "" if method.attribution_refined is None else f", {method.attribution_refined} of a sample refined"
+        return f"gradient attributions estimated by {method.attribution_probes} random directions{refined}"
+
     def __repr__(self) -> str:
         components, method = self.model.components, self.method
         sizes = f"C = {components.n_components}, rank {components.rank}"
@@ -286,7 +295,7 @@ class Decomposition(Scores, Interventions, Spectra, Edits):
         lines = [
             f"Decomposition of {type(self.model.target).__name__}: {sizes}",
             f"  layers        {', '.join(shapes[: 4 if more else None])}{more}",
-            f"  method        {chosen}, {method.attribution} attributions, p {method.p:g}",
+            f"  method        {chosen}, {self._attributed}, p {method.p:g}",
             f"  made by       {self.made}" + (f", loaded from {self._loaded_from}" if self._loaded_from else ""),
         ]
         cost = components.n_components * components.rank * self.model.n_params * components.n_instances

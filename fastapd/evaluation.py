@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from fastapd import losses
-from fastapd.attributions import ablation_attributions, activation_attributions, gradient_attributions, n_outputs
+from fastapd._refined import refined
+from fastapd.attributions import (
+    ablation_attributions,
+    activation_attributions,
+    gradient_attributions,
+    n_outputs,
+)
 from fastapd.model import ComponentModel, Inputs, Record
 from fastapd.ops import Selection, batch_topk, sample_topk
 
@@ -107,7 +113,12 @@ def _attributions(model: ComponentModel, method: APD, x: Inputs, target: Record 
         record = target
         if record is None:
             record = model.record_target(x, model.plan(x).form == "reverse", of_components=True)
-        return gradient_attributions(model, record, method.attribution_norm, method.attribution_probes)
+        if method.attribution_refined is None:
+            return gradient_attributions(model, record, method.attribution_norm, method.attribution_probes)
+        found = gradient_attributions(model, record, False, method.attribution_probes)
+        if model.estimated:
+            found = refined(model, x, found.detach(), method.attribution_refined, method.attribution_model != "target")
+        return (found / n_outputs(record)).sqrt() if method.attribution_norm else found
 
 
 def evaluate(

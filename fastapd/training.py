@@ -288,7 +288,7 @@ def decompose(
 
     Returns:
         The `Decomposition`, with the rows of metrics in `history`; with `attribution_probes` in a row where the
-        attributions were estimated by so many.
+        attributions were estimated by so many, and `attribution_refined` where so many of a sample were then computed.
 
     Raises:
         ValueError: If a target matches nothing, the data has the wrong shape, or `cuda_graph` is not for this model,
@@ -370,6 +370,8 @@ def decompose(
                     raise _diverged(row, step, index, x, log_every)
                 if running.estimated:
                     row["attribution_probes"] = method.attribution_probes
+                    if method.attribution_refined is not None:
+                        row["attribution_refined"] = method.attribution_refined
                 result.history.append(row)
                 if run is not None:
                     run.log(row)

@@ -192,6 +192,26 @@ def test_decompose_by_probes_says_so():
     assert "attribution_probes" not in chain.history[0]  # tangents are exact and cheaper
 
 
+def test_decompose_by_probes_computes_the_largest_of_every_sample_when_asked():
+    estimated = APD(topk=1.0, attribution_probes=2)
+    refined = APD(topk=1.0, attribution_probes=2, attribution_refined=2)
+    everything = APD(topk=1.0, attribution_probes=2, attribution_refined=9)
+    data = [_tokens() for _ in range(8)]
+    result = _decompose(_Language(), data, method=refined)
+    assert [row["attribution_refined"] for row in result.history] == [2, 2, 2]
+    assert "estimated by 2 random directions, 2 of a sample refined, p 0.9" in repr(result)
+    positions = data[0].shape[1]
+    text = result.plan(data[0])
+    assert f"the 2 largest of each sample, exactly, by {2 * positions} directional derivatives" in text
+    agree = {}
+    for name, method in (("estimated", estimated), ("refined", refined), ("everything", everything)):
+        same = [evaluate(result.model, method, x).mask == evaluate(result.model, APD(topk=1.0), x).mask for x in data]
+        agree[name] = torch.stack(same).double().mean().item()
+    assert agree["estimated"] < agree["refined"] <= agree["everything"] == 1.0
+    half = _decompose(_Language().half(), data, method=refined)
+    assert math.isfinite(half.history[-1]["total"])
+
+
 # ---- dtypes and devices
 
 

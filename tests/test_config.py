@@ -128,6 +128,18 @@ REFUSALS = [
         "method.topk must be a whole number when selection is 'sample', got 0.5",
     ),
     ({"method": {"topk": -1}}, "method.topk must be >= 0, got -1"),
+    (
+        {"method": {"topk": 1.0, "attribution_refined": 2}},
+        "method.attribution_refined must be left out when attribution_probes is none: they are exact, got 2",
+    ),
+    (
+        {"method": {"topk": None, "attribution_probes": 4, "attribution_refined": 2}},
+        "method.attribution_refined must be left out when topk is none, whose attributions are differentiated, got 2",
+    ),
+    (
+        {"method": {"topk": 1.0, "attribution_probes": 4, "attribution_refined": 2, "lp_sparsity": 0.5}},
+        "method.lp_sparsity must be 0 when attribution_refined is given, whose values have no gradient, got 0.5",
+    ),
     ({"method": {"topk": math.nan}}, "method.topk must be a finite number, got nan"),
     ({"method": {"topk": 1, "p": 0}}, "method.p must be > 0, got 0"),
     ({"method": {"topk": 1, "eps": 0}}, "method.eps must be > 0, got 0"),

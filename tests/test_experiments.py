@@ -40,6 +40,7 @@ NOT_IN_THE_PAPER = {
     "attribution_model": "target",
     "attribution_norm": False,
     "attribution_probes": None,
+    "attribution_refined": None,
     "schatten": "factored",
     "lp_sparsity": 0.0,
     "lp_p": 0.9,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from fastapd import APD, _intercept, metrics, ops
+from fastapd._refined import refined
 from fastapd.attributions import activation_attributions, gradient_attributions
 from fastapd.components import Components, LayerShape
 from fastapd.model import ComponentModel, find_sites
@@ -579,3 +580,62 @@ def test_sites_attributions_are_differentiable_in_the_components(name):
                 values.append(value())
         expected = (values[0] - values[1]) / (2 * h)
         torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-6, atol=1e-7)
+
+
+# ---- estimates whose largest are computed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sites_refined_attributions_of_all_components_are_the_exact_ones(name):
+    target, patterns, x = _case(name)
+    model = _model(target, patterns)
+    exact = gradient_attributions(model, model.record_target(x, differentiable=True)).detach()
+    found = refined(model, x, torch.zeros_like(exact), 99)
+    torch.testing.assert_close(found, exact, **CLOSE)
+    of_sums = gradient_attributions(model, model.record_target(x, True, of_components=True)).detach()
+    torch.testing.assert_close(refined(model, x, torch.rand_like(exact), 4, of_components=True), of_sums, **CLOSE)
+    assert name != "attention" or not torch.allclose(of_sums, exact)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sites_refined_attributions_are_exact_for_the_largest_and_bound_the_others(name):
+    target, patterns, x = _case(name)
+    model = _model(target, patterns)
+    exact = gradient_attributions(model, model.record_target(x, differentiable=True)).detach()
+    estimate = exact * torch.rand_like(exact).add(0.5)
+    found = refined(model, x, estimate, 2)
+    chosen = estimate.topk(2, -1).indices
+    computed = exact.gather(-1, chosen)
+    torch.testing.assert_close(found.gather(-1, chosen), computed, **CLOSE)
+    others = torch.ones_like(exact, dtype=torch.bool).scatter(-1, chosen, False)
+    bounded = torch.minimum(estimate, found.gather(-1, chosen).amin(-1, keepdim=True))
+    assert torch.equal(found[others], bounded[others]) and others.any()
+
+
+class Thresholded(torch.autograd.Function):
+    """Without a derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (ctx.saved_tensors[0] > 0)
+
+
+class WithoutForwardMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(Thresholded.apply(self.a(x)))
+
+
+def test_sites_refined_attributions_refuse_what_has_no_forward_mode():
+    model = _model(WithoutForwardMode().double(), ["a", "b"])
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"^decompose: method\.attribution_refined must be left out for this"):
+        refined(model, x, torch.rand(1, 3, model.components.n_components, dtype=torch.float64), 1)
