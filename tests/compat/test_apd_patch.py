@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import types
@@ -172,6 +173,32 @@ def test_patch_says_what_to_do_without_the_package(monkeypatch):
     apd.unpatch()
     with pytest.raises(ImportError, match="must be installed, got no such package; install it"):
         apd.patch()
+    apd.unpatch()
+
+
+def _two_lines() -> str:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    found = re.search(r"<!-- drop-in -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert found is not None and len(found.group(1).split("\n\n")) == 2
+    return found.group(1)
+
+
+def test_the_readmes_two_lines_run_as_printed(spd):
+    old = spd.modules["utils"].calc_grad_attributions
+    try:
+        exec(_two_lines(), {})  # noqa: S102  the README's own text
+        assert _apd_patch.is_active()
+        assert spd.modules["utils"].calc_grad_attributions is not old
+    finally:
+        apd.unpatch()
+    assert spd.modules["utils"].calc_grad_attributions is old
+
+
+def test_the_readmes_two_lines_say_what_is_missing(monkeypatch):
+    monkeypatch.setattr(_apd_patch.importlib.util, "find_spec", lambda name: None)
+    apd.unpatch()
+    with pytest.raises(ImportError, match=r"^patch: spd, the package of ApolloResearch/apd, must be installed"):
+        exec(_two_lines(), {})  # noqa: S102  the README's own text
     apd.unpatch()
 
 
