@@ -14,7 +14,7 @@ import fastapd
 try:
     from transformers import GPT2Config, GPT2LMHeadModel
 except ImportError as error:
-    print(f"transformers is not installed, so there is nothing to decompose: {error}")
+    print(f"transformers cannot be imported, so there is nothing to decompose: {error}")
     raise SystemExit(0) from None
 
 TOKENS, LENGTH = 16, 8

@@ -58,7 +58,8 @@ class Edits:
             s = factors[site.name].to(stored[0])
             weights = (s - 1 if residual else s).expand(self.model.components.n_instances, -1)
             W = _masks.weighted_sum(*stored, weights)
-            edited |= site.state(site.weight + W if residual else W)
+            for name, value in site.state(site.weight + W if residual else W).items():
+                edited[_key(held, name, site.adapter.held(site.module))] = value
         shared: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         for key, value in edited.items():
             place = _place(held[key])
@@ -143,6 +144,16 @@ class Edits:
         if unknown:
             raise ValueError(refuse(argument, f"name layers among {', '.join(own)}", unknown))
         return [(name, f"{argument}[{name!r}]", given[name]) for name in given]
+
+
+def _key(held: Mapping[str, Any], name: str, own: Tensor) -> str:
+    """The key of a parameter in its model's state dict: its name, unless the model gives it another one there."""
+    if name in held:
+        return name
+    for key, value in held.items():
+        if isinstance(value, Tensor) and _place(value) == _place(own):
+            return key
+    raise ValueError(refuse("the target", f"have {name} in its state dict", "a state dict without it"))
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:

@@ -140,3 +140,36 @@ def test_state_dict_refuses(edit, error, message):
     with pytest.raises(error) as caught:
         _random(_mlp(), ["0", "2"]).state_dict(**edit)
     assert str(caught.value).startswith(f"Decomposition: {message}")
+
+
+class _Renaming(nn.Module):
+    """Its state dict has other names than its modules, as those of wrappers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.wrapped(x)
+
+    def state_dict(self, *args, **kwargs):
+        return {name.removeprefix("wrapped."): t for name, t in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        return super().load_state_dict({f"wrapped.{k}": t for k, t in state_dict.items()}, strict, assign)
+
+
+def test_edits_of_a_model_whose_state_dict_has_other_names():
+    model = _Renaming()
+    pd = Decomposition.from_svd(model, ["wrapped.*[02]"], 3)
+    state = pd.state_dict(scale={1: 0.0})
+    assert list(state) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    expected = model.wrapped[0].weight - pd.parts("wrapped.0")[0, 1].mT
+    torch.testing.assert_close(state["0.weight"], expected.detach(), rtol=1e-5, atol=1e-6)
+    x = torch.randn(5, 4)
+    found = pd.edited(scale={1: 0.0})(x).detach()
+    torch.testing.assert_close(found, pd(x, active=[0, 2], residual=True), rtol=1e-5, atol=1e-6)
+    assert (found - model(x)).abs().max() > 1e-2
+    model.state_dict = lambda *args, **kwargs: {"0.bias": model.wrapped[0].bias}
+    with pytest.raises(ValueError, match=r"the target must have wrapped\.0\.weight in its state dict, got a state"):
+        pd.state_dict()

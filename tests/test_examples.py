@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -73,9 +72,8 @@ def test_own_training_loop(tmp_path):
 
 def test_gpt2_mlps(tmp_path):
     printed = _run("gpt2_mlps.py", tmp_path)
-    if importlib.util.find_spec("transformers") is None:
-        assert printed.startswith("transformers is not installed, so there is nothing to decompose")
-        pytest.skip("transformers is not installed: the example says so and ends")
+    if printed.startswith("transformers cannot be imported, so there is nothing to decompose"):
+        pytest.skip(f"the example says: {printed.strip()}")
     rows = {name: _found(f"{name} # # # # #", printed) for name in ("\nfastapd", "random", "svd", "copies")}
     ours = rows.pop("\nfastapd")
     assert ours[0] < 0.4 and ours[3] == 3

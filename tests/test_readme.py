@@ -77,7 +77,7 @@ def test_readme_commands_exist(command):
         assert command in cli.HELP
 
 
-@pytest.mark.parametrize("name", ["mathematics.md", "gotchas.md"])
+@pytest.mark.parametrize("name", ["mathematics.md", "gotchas.md", "tutorial.md"])
 def test_docs_name_what_exists(name):
     """Whatever the documents call by a dotted name, or pass to `APD`, is there."""
     from fastapd import config

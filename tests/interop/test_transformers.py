@@ -13,7 +13,7 @@ from fastapd import APD, Optimiser, _plan, decompose
 try:
     from transformers import GPT2Config, GPT2LMHeadModel
 except ImportError as error:
-    pytest.skip(f"transformers is not installed: {error}", allow_module_level=True)
+    pytest.skip(f"transformers cannot be imported: {error}", allow_module_level=True)
 
 MLPS = ["transformer.h.*.mlp.c_fc", "transformer.h.*.mlp.c_proj"]
 
