@@ -76,7 +76,7 @@ def route(record: Record, probes: int | None = None, n_components: int = 0) -> R
     some = next(iter(record.outputs.values()))
     widths = [y.shape[-1] for y in record.outputs.values()]
     inputs = [rows.shape[-1] for key, rows in record.inputs.items() if key not in record.uses]
-    width = sum(widths) + n_components + TEMPORARIES * max(*widths, *inputs)
+    width = sum(widths) + n_components + TEMPORARIES * max([*widths, *inputs])
     each = some.shape[:2].numel() * width * some.element_size()
     chunk = max(1, min(n_directions, CHUNK_BYTES // max(each, 1)))
     return Route(n_outputs, n_directions, chunk, chunk * each, record.measured is not None, estimate)

@@ -171,6 +171,11 @@ def test_decompose_of_a_model_with_one_number_an_element():
     assert history[-1]["faithfulness"] < history[0]["faithfulness"]
 
 
+def test_decompose_of_an_embedding_alone():
+    history = _decompose(_Language(), [_tokens()], ["embed"], optimiser=OPTIMISER, steps=30).history
+    assert history[-1]["faithfulness"] < history[0]["faithfulness"]
+
+
 # ---- estimates
 
 
