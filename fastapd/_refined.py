@@ -51,15 +51,18 @@ def refined(
         no estimate comes before what was computed.
 
     Raises:
-        NotImplementedError: If something in the target has no derivative in forward mode.
+        NotImplementedError: If something in the target has no derivative in forward mode, or its layers see the
+            positions of a sequence before the batch.
 
-    Cost: `passes` forward passes with a tangent.
+    Cost: `passes` forward passes with a tangent, and one to see that positions are where they should be.
     """
     n_instances, batch, n_components = estimate.shape
     count = min(count, n_components)
     if not batch:
         return estimate
     positions = _positions(model, x, batch)
+    if positions > 1:
+        _check_axes(model, x, estimate, of_components)
     chosen = estimate.sort(dim=-1, descending=True, stable=True).indices[..., :count]  # [I, b, count]
     exact = torch.empty_like(chosen, dtype=estimate.dtype)
     for position in range(positions):
@@ -71,6 +74,20 @@ def refined(
             exact[:, here, r] = derivative.reshape(n_instances, batch // positions, -1).square().sum(-1)
     found = torch.minimum(estimate, exact.amin(-1, keepdim=True))
     return found.scatter_(2, chosen, exact)
+
+
+def _check_axes(model: ComponentModel, x: Inputs, like: Tensor, of_components: bool) -> None:
+    """The second sample must be another position of the first element: it must reach no other element's output."""
+    on = torch.zeros_like(like)
+    on[:, 1] = 1.0
+    derivative = _along(model, x, batch_topk(on, on.shape[-1]), of_components)
+    axes = 2 if model.sites[0].adapter.instances else 1
+    others = derivative.narrow(axes - 1, 1, derivative.shape[axes - 1] - 1)
+    if bool(others.any()):
+        raise NotImplementedError(
+            "decompose: method.attribution_refined must be left out for this model, got layers that do not have the "
+            "batch on their first axis, or a model that mixes its elements"
+        )
 
 
 def _along(model: ComponentModel, x: Inputs, selection: Selection, of_components: bool) -> Tensor:

@@ -639,3 +639,22 @@ def test_sites_refined_attributions_refuse_what_has_no_forward_mode():
     x = torch.randn(3, 5, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=r"^decompose: method\.attribution_refined must be left out for this"):
         refined(model, x, torch.rand(1, 3, model.components.n_components, dtype=torch.float64), 1)
+
+
+class PositionsFirst(nn.Module):
+    """Its layers see [position, batch, width], as recurrent networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.transpose(0, 1)).sin()
+        return self.b(h - h.mean(0)).transpose(0, 1)
+
+
+def test_sites_refined_attributions_refuse_layers_without_the_batch_first():
+    model = _model(PositionsFirst().double(), ["a", "b"])
+    x = torch.randn(3, 3, 5, dtype=torch.float64)  # as many positions as elements
+    with pytest.raises(NotImplementedError, match=r"got layers that do not have the batch on their first axis"):
+        refined(model, x, torch.rand(1, 9, model.components.n_components, dtype=torch.float64), 1)
