@@ -24,9 +24,9 @@ class Method:
     distil_from_target: bool = False
     attribution: str = "gradient"
     attribution_model: str = "target"
-    attribution_norm: bool = False
     attribution_probes: int | None = None
     attribution_refined: int | None = None
+    attribution_norm: bool = False
     faithfulness: float = 1.0
     minimality: float = 1.0
     simplicity: float = 1.0

@@ -149,16 +149,3 @@ def test_goals_do_not_count_where_the_formulation_is_not_the_research_codes():
 def test_formulation_counts_only_near_the_research_code():
     rows = _rows("step/a", {"upstream": 1.1, "apd": 1.0}) + _rows("step/b", {"upstream": 1.3, "apd": 1.0})
     assert _judge(rows)["faithful"] == [["step/a", 1.1, True], ["step/b", 1.3, False]]
-
-
-def test_bench_method_has_every_setting_of_the_library():
-    script = (
-        f"import dataclasses, json, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom bench.targets import Method\n"
-        "print(json.dumps({f.name: f.default for f in dataclasses.fields(Method) if f.name != 'topk'}))"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
-    from fastapd import APD
-
-    library = APD(topk=1.0).model_dump()
-    del library["topk"]
-    assert json.loads(done.stdout) == library
